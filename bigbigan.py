@@ -44,7 +44,7 @@ PRESETS = {
         latent_blocks=2, latent_sn=False, encoder="resnet10", mlp_width=256, sigma_bias=-1.0, crop_area=1.0,
         crop_ratio=1.0, steps=1500, batch=32, d_steps=1, lr_d=1e-3, lr_g=4e-4, eta=1.0, beta2=0.99, sn_eps=1e-6,
         ema=0.998, ema_start=200, standing=20, log_every=50, save_every=500,
-        fid_features="random", fid_samples=5000, fid_split="train", probe_samples=10_000),
+        fid_features="random", fid_samples=5000, fid_split="test", probe_samples=10_000),
     "small": dict(  # BigGAN's CIFAR-10 recipe, with shared embedding and hierarchical z: the paper has no 32x32 model
         size=32, encoder_size=0, G={32: (256,) * 4, 64: (1024, 1024, 512, 256, 128)}, z_chunk=32, embed_dim=128,
         # f sums 64 positions, not 16 as in the paper: 1/8 keeps it from drowning z in J (|f| = 334, |h| = 14 at first)

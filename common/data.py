@@ -43,6 +43,7 @@ PUBLISHED = {  # torchvision's classes, and what they read under root
 }
 HIDDEN = (".", "__MACOSX")  # files and folders whose names begin so are skipped
 FORMAT = 1  # of the cache: to be counted up whenever the same source would give other pictures
+RESIDENT = 2 * 10**9  # bytes; larger sets stay memory-mapped (on CUDA: a quarter of the memory)
 VIEW = 0xF11B  # the random stream of a picture's first view; the second's is the next number
 DRAWS = 23  # random numbers of a view: 10 areas, 10 aspect ratios, top, left, flip
 
@@ -115,8 +116,8 @@ def load(name, split="train", size=32, root="data", skip_broken=False):
         if name == "celeba":
             return load_celeba(split, size, root / "celeba", cache, skip_broken)
         return load_folder(name, split, size, root, skip_broken)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename or name}: {error.strerror or error}") from error
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {name}: {brief(error)}") from error
 
 
 def load_published(name, split, size, root):
@@ -200,7 +201,8 @@ def find_pictures(folder):
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         names = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(HIDDEN)]
-        files += [Path(place, name).relative_to(folder).as_posix() for name in names]
+        base = Path(place).relative_to(folder).as_posix()
+        files += [f"{base}/{name}".removeprefix("./") for name in names]
     return sorted(files)
 
 
@@ -236,24 +238,19 @@ def load_files(name, split, size, place, files, rows, cache, skip_broken, **colu
                     broken[file] = picture
                 else:
                     yield picture[0]
-
         if len(broken) == len(files):
-            raise UserError(complaint())
-
-    def complaint():
-        first = ", ".join(f"{file}: {why}" for file, why in itertools.islice(broken.items(), 3))
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        return f"{len(broken)} broken pictures in {place} ({first}{more}): mend or remove them, or use --skip-broken"
+            raise UserError(f"{place}: none of {len(files)} pictures can be read, {files[0]}: {broken[files[0]]}")
 
     if size or skip_broken:  # without a size: packed tiny, only to learn which files are broken
         images, broken = pack(f"{name} {split}", cache, key, (size or 8, size or 8, 3), len(files), pictures(), broken)
     if broken and not skip_broken:
-        raise UserError(complaint())
+        named = ", ".join(f"{file}: {why}" for file, why in list(broken.items())[:3]) + ", ..." * (len(broken) > 3)
+        raise UserError(f"{len(broken)} broken pictures in {place} ({named}): mend them, or pass --skip-broken")
     if broken and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{name} {split}: left out {len(broken)} broken pictures of {len(files)}", file=sys.stderr)
     kept = [row for row, file in enumerate(files) if file not in broken]
     columns = {name: column[kept] for name, column in columns.items()}
-    columns["files"] = np.array([os.fsencode(place / files[row]) for row in kept])  # one block: workers share it
+    columns["files"] = np.array([os.fsencode(f"{place}/{files[row]}") for row in kept])  # one block: workers share it
     return Data(name, split, size, images if size else None, key, cache, upright=upright, **columns)
 
 
@@ -434,7 +431,7 @@ SHAPES = {
 
 
 def shape_factors(split, seed=0):
-    """Ten balanced classes: labels int64 [N], N = 50,000 for "train" and 10,000 for "test", and factors float32 [N, 7]."""
+    """Ten balanced classes: labels int64 [N], N = 50,000 or for "test" 10,000, and factors float32 [N, 7]."""
     count = {"train": 50_000, "test": 10_000}[split]
     random = np.random.RandomState([seed, split == "test"])  # the generator whose stream NumPy promises to keep
     labels = random.permutation(count) % len(SHAPES)
@@ -448,6 +445,8 @@ def shape_factors(split, seed=0):
 
 def render_shapes(labels, factors, size):
     """Anti-aliased pictures uint8 [N, size, size, 3]; `size` changes only the resolution."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for operations so short, threads wait for each other longer than they work
     front, back, gradient, scale, rotation, right, up = factors.T
     slopes = GRADIENT * gradient.cos(), GRADIENT * gradient.sin()
     pose = torch.stack([*slopes, scale, rotation.cos(), rotation.sin(), right, up])[..., None, None]  # [7, N, 1, 1]
@@ -463,6 +462,7 @@ def render_shapes(labels, factors, size):
             cover = (0.5 - pixels).clamp(0, 1)[..., None]  # anti-aliasing: the share of the pixel that is inside
             ground = back[rows] + (slope_x * x + slope_y * y)[..., None]
             images[rows] = (ground + cover * (front[rows] - ground)).round().byte()  # [m, S, S, 3]
+    torch.set_num_threads(threads)
     return images
 
 
@@ -502,9 +502,12 @@ def load_shapes(split, size, cache):
     labels, factors = shape_factors(split)
     first = render_shapes(labels[:50], factors[:50], size)  # tells this renderer's pictures from another's
     key = digest("shapes", split, size, factors.numpy().tobytes(), first.numpy().tobytes())
+
+    def pictures():
+        yield from render_shapes(labels, factors, size).numpy()
+
     try:
-        rows = (row for row in render_shapes(labels, factors, size).numpy())
-        images, _ = pack(f"shapes {split}", cache, key, (size, size, 3), len(labels), rows, {})
+        images, _ = pack(f"shapes {split}", cache, key, (size, size, 3), len(labels), pictures(), {})
     except UserError:  # the cache only saves time here
         images = render_shapes(labels, factors, size)
     return Data("shapes", split, size, images, key, cache, labels, list(SHAPES), factors, list(FACTORS))
@@ -519,27 +522,26 @@ def load_dsprites(split, size, root):
 
     def pictures():
         blocks = np.arange(count).reshape(-1, 512)
-        if source:
-            with zipfile.ZipFile(source).open("imgs.npy") as file:
-                np.lib.format.read_magic(file), np.lib.format.read_array_header_1_0(file)
-                drawn = (np.frombuffer(file.read(512 * 4096), np.uint8).reshape(-1, 64, 64) for _ in blocks)
+        if source:  # streamed: unpacked, it is 3 GB
+            file = zipfile.ZipFile(source).open("imgs.npy")  # noqa: SIM115
+            np.lib.format.read_magic(file), np.lib.format.read_array_header_1_0(file)
+            drawn = (np.frombuffer(file.read(512 * 4096), np.uint8).reshape(-1, 64, 64) for _ in blocks)
         else:
             drawn = ahead(dsprites_images, blocks, cores(), 2 * cores())
         for block in drawn:
             yield from resize(torch.from_numpy(255 * block)[..., None], size).numpy()
 
     images, _ = pack("dsprites", root / "cache", key, (size, size, 1), count, pictures(), {})
-    factors, names = torch.from_numpy(dsprites_factors(np.arange(count))), list(DSPRITES)
-    data = Data("dsprites", split, size, images.expand(-1, -1, -1, 3), key, root / "cache", flip=False)
-    return replace(
-        data, labels=factors[:, 1], classes=["square", "ellipse", "heart"], factors=factors, factor_names=names
-    )
+    factors = torch.from_numpy(dsprites_factors(np.arange(count)))
+    known = {"labels": factors[:, 1], "classes": ["square", "ellipse", "heart"], "factors": factors}
+    images = images.expand(-1, -1, -1, 3)
+    return Data("dsprites", split, size, images, key, root / "cache", **known, factor_names=list(DSPRITES), flip=False)
 
 
 def indices(n, batch, step, seed, rank=0, world=1, piece=0, pieces=1):
     """Which of n pictures a rank sees in one piece of a step: int64 [batch / (world * pieces)].
 
-    The batches, joined, are one permutation after the other: all are full, and in each n positions a picture comes once.
+    The batches, joined, are one permutation after the other: all are full, and each n positions hold a picture once.
     A batch is cut into world * pieces equal slices, those of piece 0 first.
     """
     m = batch // (world * pieces)
@@ -594,6 +596,8 @@ def batches(data, batch, seed, start=0, pieces=1, flip=True, crop=None, device="
     if batch < 1 or batch % cuts:
         nearest = max(1, round(batch / cuts)) * cuts
         raise UserError(f"batch {batch} does not divide by {world} ranks x {pieces} pieces: the nearest is {nearest}")
+    if data.images is None and crop is None:
+        raise UserError(f"{data.name} was loaded without a size: give one, or ask for crops")
     device = torch.device(device)
     cuda, views = device.type == "cuda", crop[0] if crop else 1
 
@@ -622,7 +626,7 @@ def batches(data, batch, seed, start=0, pieces=1, flip=True, crop=None, device="
             multiprocessing_context="forkserver" if cuda else None,  # CUDA does not survive a fork
         )
     else:
-        room = torch.cuda.get_device_properties(device).total_memory // 4 if cuda else 2e9
+        room = torch.cuda.get_device_properties(device).total_memory // 4 if cuda else RESIDENT
         resident = data.images.numel() <= room
         images = data.images.to(device) if resident else data.images
         source = map(gather, requests()) if resident else ahead(gather, requests(), threads=1, depth=3)

@@ -226,7 +226,7 @@ def prdc(real, fake, k=5):
     real, fake = real.double(), fake.double()  # float32 would decide wrongly for copies
     around_real, around_fake = _balls(real, fake, k), _balls(fake, real, k)
     shares = {"precision": around_real.any(0), "recall": around_fake.any(0), "coverage": around_real.any(1)}
-    return {key: float(x.double().mean()) for key, x in (shares | {"density": around_real.sum(0) / k}).items()}
+    return {key: float(x.double().mean()) for key, x in (shares | {"density": around_real.sum(0).double() / k}).items()}
 
 
 def _measure(net, pictures, n, logits=None):

@@ -1,8 +1,8 @@
 """BigBiGAN: "Large Scale Adversarial Representation Learning", Jeff Donahue, Karen Simonyan, NeurIPS 2019, 1907.02544.
 
 A GAN that learns to see while it learns to draw. Beside BigGAN's generator G: z -> x stands an encoder E: x -> z, and
-the discriminator D judges pairs: (x, E(x)) of real images against (G(z), z) of drawn ones. Only an E and a G that invert
-each other fool it for good, so E finds out what an image is about. No labels, no reconstruction loss, no KL term.
+the discriminator D judges pairs: (x, E(x)) of real images against (G(z), z) of drawn ones. Only an E and a G that
+invert each other fool it for good, so E finds out what an image is about. No labels, no reconstruction loss, no KL.
 
     python bigbigan.py                                        # rendered shapes, five CPU minutes: pictures and numbers
     python bigbigan.py --data cifar10                         # a 32x32 model on one GPU
@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.utils import save_image
 
 from common import fid, linear_probe
@@ -37,36 +37,32 @@ LATENTS, POSTERIOR, STANDING, PICTURES, FAKES = range(5)  # streams of random nu
 # fmt: off
 # G by image size: channels of the 4x4 map and after each block, each with z_chunk latents. F by image size: channels
 # after each block, how many blocks halve the map, and a factor on the copy of f that enters J.
-PRESETS = {
-    "demo": dict(  # five minutes on two CPU cores, found by experiment
-        size=32, encoder_size=0, G={32: (64, 64, 32, 16), 64: (64, 64, 64, 32, 16)}, z_chunk=8, embed_dim=32,
-        F={32: ((16, 32, 64, 64), 3, 1.0), 64: ((16, 32, 64, 64, 64), 4, 1.0)}, attention=0, latent_width=128,
-        latent_blocks=2, latent_sn=False, encoder="resnet10", mlp_width=256, sigma_bias=-1.0, crop_area=1.0,
-        crop_ratio=1.0, steps=1500, batch=32, d_steps=1, lr_d=1e-3, lr_g=4e-4, eta=1.0, beta2=0.99, sn_eps=1e-6,
-        ema=0.998, ema_start=200, standing=20, log_every=50, save_every=500,
-        fid_features="random", fid_samples=5000, fid_split="test", probe_samples=10_000),
-    "small": dict(  # BigGAN's CIFAR-10 recipe, with shared embedding and hierarchical z: the paper has no 32x32 model
-        size=32, encoder_size=0, G={32: (256,) * 4, 64: (1024, 1024, 512, 256, 128)}, z_chunk=32, embed_dim=128,
-        # f sums 64 positions, not 16 as in the paper: 1/8 keeps it from drowning z in J (|f| = 334, |h| = 14 at first)
-        F={32: ((256,) * 4, 2, 1 / 8), 64: ((64, 128, 256, 512, 1024), 4, 1.0)}, attention=0, latent_width=512,
-        latent_blocks=4, latent_sn=True, encoder="resnet18", mlp_width=1024, sigma_bias=0.0, crop_area=1.0,
-        crop_ratio=1.0, steps=100_000, batch=64, d_steps=2, lr_d=2e-4, lr_g=2e-4, eta=1.0, beta2=0.999, sn_eps=1e-6,
-        ema=0.9999, ema_start=1000, standing=100, log_every=100, save_every=2000,
-        fid_features="inception", fid_samples=50_000, fid_split="train", probe_samples=0),
-    "paper": dict(  # "High-res E, E learning rate x 10" (Tables 1 and 2); G, F and Adam: BigGAN's Table 4, appendix B
-        size=128, encoder_size=256, z_chunk=20, embed_dim=128, attention=64,
-        G={n: tuple(96 * m for m in widths) for n, widths in (
-            (64, (16, 16, 8, 4, 2)), (128, (16, 16, 8, 4, 2, 1)), (256, (16, 16, 8, 8, 4, 2, 1)))},
-        F={n: (tuple(96 * m for m in widths), halvings, 1.0) for n, widths, halvings in (
-            (64, (1, 2, 4, 8, 16), 4), (128, (1, 2, 4, 8, 16, 16), 5), (256, (1, 2, 4, 8, 8, 16, 16), 6))},
-        latent_width=2048, latent_blocks=4, latent_sn=True, encoder="resnet50", mlp_width=4096, sigma_bias=0.0,
-        crop_area=0.08, crop_ratio=4 / 3,  # those of Table 3's generation runs: 0.5 and 1
-        steps=500_000, batch=2048, d_steps=2, lr_d=2e-4, lr_g=5e-5, eta=10.0, beta2=0.999, sn_eps=1e-4,
-        ema=0.9999, ema_start=1000, standing=100, log_every=100, save_every=1000,  # the average's start is not stated
-        fid_features="inception", fid_samples=50_000, fid_split="test", probe_samples=0),
-}
+PAPER = dict(  # "High-res E, E learning rate x 10" (Tables 1 and 2); G, F and Adam: BigGAN's Table 4, appendix B
+    size=128, encoder_size=256, z_chunk=20, embed_dim=128, attention=64,
+    G={64: (1536, 1536, 768, 384, 192), 128: (1536, 1536, 768, 384, 192, 96),
+       256: (1536, 1536, 768, 768, 384, 192, 96)},
+    F={64: ((96, 192, 384, 768, 1536), 4, 1.0), 128: ((96, 192, 384, 768, 1536, 1536), 5, 1.0),
+       256: ((96, 192, 384, 768, 768, 1536, 1536), 6, 1.0)},
+    latent_width=2048, latent_blocks=4, latent_sn=True, encoder="resnet50", mlp_width=4096, sigma_bias=0.0,
+    crop_area=0.08, crop_ratio=4 / 3,  # those of Table 3's generation runs: 0.5 and 1
+    steps=500_000, batch=2048, d_steps=2, lr_d=2e-4, lr_g=5e-5, eta=10.0, betas=(0.0, 0.999), sn_eps=1e-4,
+    ema=0.9999, ema_start=1000, standing=100, log_every=100, save_every=1000,  # the average's start is not stated
+    fid_features="inception", fid_samples=50_000, fid_split="test", probe_samples=0)
+SMALL = PAPER | dict(  # BigGAN's CIFAR-10 recipe with shared embedding and hierarchical z: the paper has no 32x32 model
+    size=32, encoder_size=0, z_chunk=32, attention=0, G={32: (256,) * 4, 64: (1024, 1024, 512, 256, 128)},
+    # f sums 64 positions, not 16 as in the paper: 1/8 keeps it from drowning z in J (|f| = 334, |h| = 14 at first)
+    F={32: ((256,) * 4, 2, 1 / 8), 64: ((64, 128, 256, 512, 1024), 4, 1.0)}, latent_width=512, encoder="resnet18",
+    mlp_width=1024, crop_area=1.0, crop_ratio=1.0, steps=100_000, batch=64, lr_g=2e-4, eta=1.0, sn_eps=1e-6,
+    save_every=2000, fid_split="train")
+DEMO = SMALL | dict(  # five minutes on two CPU cores, found by experiment
+    z_chunk=8, embed_dim=32, G={32: (64, 64, 32, 16), 64: (64, 64, 64, 32, 16)},
+    F={32: ((16, 32, 64, 64), 3, 1.0), 64: ((16, 32, 64, 64, 64), 4, 1.0)}, latent_width=128, latent_blocks=2,
+    latent_sn=False, encoder="resnet10", mlp_width=256, sigma_bias=-1.0, steps=1500, batch=32, d_steps=1, lr_d=1e-3,
+    lr_g=4e-4, betas=(0.5, 0.99), ema=0.998, ema_start=200, standing=20, log_every=50, save_every=500,
+    fid_features="random", fid_samples=5000, fid_split="test", probe_samples=10_000)
+PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
 BACKBONES = {  # of E: kind of unit, units a stage, channels of the first stage, the stem's stride on small images
-    "resnet10": ("basic", (1, 1, 1, 1), 32, 2), "resnet18": ("basic", (2, 2, 2, 2), 64, 1),
+    "resnet10": ("basic", (1, 1, 1, 1), 16, 2), "resnet18": ("basic", (2, 2, 2, 2), 64, 1),
     "resnet50": ("bottleneck", (3, 4, 6, 3), 256, 1), "resnet50x2": ("bottleneck", (3, 4, 6, 3), 512, 1),
     "resnet101": ("bottleneck", (3, 4, 23, 3), 256, 1), "revnet50": ("reversible", (3, 4, 6, 3), 256, 1),
     "revnet50x2": ("reversible", (3, 4, 6, 3), 512, 1), "revnet50x4": ("reversible", (3, 4, 6, 3), 1024, 1),
@@ -76,14 +72,14 @@ BACKBONES = {  # of E: kind of unit, units a stage, channels of the first stage,
 
 # ------------------------------------------------------------ G: BigGAN's generator, with a single "class"
 def spectral(layer, eps):
-    """Orthogonal start; then W / sigma(W), sigma the largest singular value (Miyato et al. 2018); eps None: W itself."""
+    """Orthogonal start; then W / sigma(W), sigma the largest singular value (Miyato et al. 2018); eps None: no norm."""
     nn.init.orthogonal_(layer.weight)
     return layer if eps is None else parametrizations.spectral_norm(layer, eps=eps)
 
 
 def power_iteration(*networks):
-    """One power iteration a step, called after network.train(). Torch alone would have one in every forward pass; so all
-    ranks and all accumulated pieces of a step see the same weights."""
+    """One power iteration a step, after network.train(). Torch alone would have one a forward pass; so all ranks and
+    all accumulated pieces of a step see the same weights."""
     for module in (m for network in networks for m in network.modules() if parametrize.is_parametrized(m)):
         module.parametrizations.train()
         _ = module.weight  # to read it is to iterate
@@ -107,14 +103,13 @@ class Attention(nn.Module):
 
 
 class ConditionalBatchNorm(nn.Module):
-    """Batch norm with gain 1 + g(c) and bias b(c): linear in the condition c; tables where c are labels (cond_dim 0)."""
+    """Batch norm with gain 1 + g(c) and bias b(c): linear in the condition c; tables of labels where cond_dim is 0."""
 
     def __init__(self, channels, cond_dim, classes, eps):
         super().__init__()
-        self.norm = nn.BatchNorm2d(channels, affine=False)
-        for name in ("gain", "bias"):
-            linear = spectral(nn.Linear(cond_dim, channels, bias=False), eps) if cond_dim else None
-            self.add_module(name, linear or nn.Embedding(classes, channels))
+        shape = (cond_dim or classes, channels)
+        affine = lambda: spectral(nn.Linear(*shape, bias=False), eps) if cond_dim else nn.Embedding(*shape)
+        self.norm, self.gain, self.bias = nn.BatchNorm2d(channels, affine=False), affine(), affine()
 
     def forward(self, x, c):
         return self.norm(x) * (1 + self.gain(c))[..., None, None] + self.bias(c)[..., None, None]
@@ -137,11 +132,9 @@ class GBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """z [B, z_dim], c [B, embed_dim] -> images [B, 3, S, S] in [-1, 1]; c defaults to the one row of an unconditional G.
-
+    """z [B, z_dim], c [B, embed_dim] -> images [B, 3, S, S] in [-1, 1]; c defaults to the one row of unconditional G's.
     The first chunk of z makes the 4x4 map, each other one joins c to condition a block. With embed_dim 0 (BigGAN on
-    CIFAR-10) all of z enters the first layer, and c are labels [B].
-    """
+    CIFAR-10) all of z enters the first layer, and c are labels [B]."""
 
     def __init__(self, widths, z_dim, embed_dim, classes=1, attention=0, eps=1e-4):
         super().__init__()
@@ -166,9 +159,7 @@ class Generator(nn.Module):
 
 
 # ------------------------------------------------------------ D = {F, H, J}
-class Residual(nn.Module):
-    """x -> skip(x) + branch(x)."""
-
+class Residual(nn.Module):  # x -> skip(x) + branch(x)
     def __init__(self, branch, skip=()):
         super().__init__()
         self.branch, self.skip = nn.Sequential(*branch), nn.Sequential(*skip)
@@ -190,7 +181,7 @@ def image_trunk(widths, halvings, size, attention=0, eps=1e-4):
 
 
 def mlp(cin, width, blocks, linear=nn.Linear):
-    """Blocks x -> skip(x) + L2 relu(L1 relu(x)), the first without its first ReLU; skip is linear where widths differ."""
+    """Blocks x -> skip(x) + L2 relu(L1 relu(x)), the first without its first ReLU; skip is linear if widths differ."""
     layers = []
     for i in range(blocks):
         branch = [nn.ReLU()] * (i > 0) + [linear(cin, width), nn.ReLU(), linear(width, width)]
@@ -204,10 +195,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, trunk, f_dim, z_dim, width, blocks, latent_sn=True, f_scale=1.0, eps=1e-4):
         super().__init__()
-
-        def linear(cin, cout):
-            return spectral(nn.Linear(cin, cout), eps if latent_sn else None)
-
+        linear = lambda cin, cout: spectral(nn.Linear(cin, cout), eps if latent_sn else None)
         self.F, self.H, self.J = trunk, mlp(z_dim, width, blocks, linear), mlp(f_dim + width, width, blocks, linear)
         self.s_x, self.s_z, self.s_xz = spectral(nn.Linear(f_dim, 1), eps), linear(width, 1), linear(width, 1)
         self.f_scale = f_scale
@@ -223,18 +211,13 @@ class Discriminator(nn.Module):
 
 
 # ------------------------------------------------------------ E
-def pre_activated(*convs):
-    """Batch norm, ReLU and convolution, for each (channels in, out, kernel, stride, padding)."""
-    return [m for c in convs for m in (nn.BatchNorm2d(c[0]), nn.ReLU(), nn.Conv2d(*c, bias=False))]
-
-
 def residual_unit(kind, cin, cout, stride):
     """ResNet-v2's. Where the shape changes, the skip is a convolution, and like the branch it takes relu(bn(x))."""
     mid = cout // 4
-    convs = [(cin, mid, 1), (mid, mid, 3, stride, 1), (mid, cout, 1)]
+    convs = [(cin, mid, 1), (mid, mid, 3, stride, 1), (mid, cout, 1)]  # channels in, out, kernel, stride, padding
     if kind == "basic":
         convs = [(cin, cout, 3, stride, 1), (cout, cout, 3, 1, 1)]
-    norm, relu, *branch = pre_activated(*convs)
+    norm, relu, *branch = [m for c in convs for m in (nn.BatchNorm2d(c[0]), nn.ReLU(), nn.Conv2d(*c, bias=False))]
     if stride == 1 and cin == cout:
         return Residual([norm, relu, *branch])
     return nn.Sequential(norm, relu, Residual(branch, [nn.Conv2d(cin, cout, 1, stride, bias=False)]))
@@ -245,8 +228,7 @@ class ReversibleUnit(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        half, mid = channels // 2, channels // 8
-        self.R = nn.Sequential(*pre_activated((half, mid, 1), (mid, mid, 3, 1, 1), (mid, half, 1)))
+        self.R = residual_unit("bottleneck", channels // 2, channels // 2, 1).branch  # the same layers, without a skip
 
     def forward(self, x):
         x1, x2 = x.chunk(2, dim=1)
@@ -262,9 +244,7 @@ def backbone(name, size):
         layers = [nn.Conv2d(3, cin, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)]
     for stage, n in enumerate(units):
         cout = width << stage
-        if (
-            kind == "reversible"
-        ):  # between stages: half the size by averaging, twice the channels by zeros on both sides
+        if kind == "reversible":  # a new stage: half the size by averaging, twice the channels by zeros on both sides
             layers += [nn.AvgPool2d(2), nn.ZeroPad3d((0, 0, 0, 0, cout // 4, cout // 4))] if stage else []
             layers += [ReversibleUnit(cout) for _ in range(n)]
         else:
@@ -275,7 +255,7 @@ def backbone(name, size):
 
 
 class Encoder(nn.Module):
-    """E: x [B, 3, S, S] -> mean and standard deviation of z given x, [B, z_dim] each; sigma = softplus(sigma_hat)."""
+    """E: x [B, 3, S, S] -> mean and standard deviation of z given x, [B, z_dim] each."""
 
     def __init__(self, trunk, feature_dim, mlp_width, z_dim, sigma_bias=0.0):
         super().__init__()
@@ -284,29 +264,25 @@ class Encoder(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight)
             elif isinstance(layer, nn.Linear):
-                nn.init.orthogonal_(layer.weight), nn.init.zeros_(layer.bias)
+                nn.init.orthogonal_(layer.weight)
+                nn.init.zeros_(layer.bias)
         nn.init.constant_(self.head.bias[z_dim:], sigma_bias)
 
-    def features(self, x):
-        """AvePool, what the linear probe reads: [B, D]."""
-        return self.trunk(x).mean((2, 3))
-
     def forward(self, x):
-        mu, sigma_hat = self.head(F.relu(self.mlp(self.features(x)))).float().chunk(2, dim=1)
+        features = self.trunk(x).mean((2, 3))  # "AvePool", [B, D]: what the linear probe reads
+        mu, sigma_hat = self.head(F.relu(self.mlp(features))).float().chunk(2, dim=1)
         return mu, F.softplus(sigma_hat)
 
 
 # ------------------------------------------------------------ the objective
 def discriminator_loss(real, fake):
-    """L_D (equation 2): h(s) of the scores of (x, E(x)) plus h(-s) of those of (G(z), z), h(t) = max(0, 1 - t).
-
-    real, fake: the scores in use, [B] each. Each has its hinge: one for their sum is significantly worse (section 2).
-    """
+    """L_D (equation 2): h(s) of the scores of (x, E(x)), h(-s) of those of (G(z), z), [B] each; h(t) = max(0, 1 - t).
+    Each score has a hinge of its own: one for their sum is significantly worse (section 2)."""
     return sum(F.relu(1 - s).mean() for s in real) + sum(F.relu(1 + s).mean() for s in fake)
 
 
 def encoder_generator_loss(real, fake):
-    """L_EG (equation 1): E lowers the scores of (x, E(x)), G raises those of (G(z), z). Linear: the hinge is D's own."""
+    """L_EG (equation 1): E lowers the scores of (x, E(x)), G raises those of (G(z), z). Linear: the hinge is D's."""
     return sum(s.mean() for s in real) - sum(s.mean() for s in fake)
 
 
@@ -344,8 +320,8 @@ def start(args):
 
 def average_gradients(args, *networks):
     """Mean over ranks, in one all_reduce, after the last backward pass of a step."""
-    grads = [p.grad for network in networks for p in network.parameters() if p.grad is not None]
     if args.world > 1:
+        grads = [p.grad for network in networks for p in network.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         for g, mean in zip(grads, (flat / args.world).split([g.numel() for g in grads]), strict=True):
@@ -374,7 +350,7 @@ class Run:
         self.args, self.parts, self.signals, self.file = args, parts, [], args.out / "log.jsonl"
         args.out.mkdir(parents=True, exist_ok=True)
         state = read_checkpoint(args) or {"step": 0, "seconds": 0.0, "best": math.inf}
-        for name in parts if "config" in state else ():
+        for name in parts.keys() & state.keys():
             parts[name].load_state_dict(state[name])
         self.step, self.best, self.began = state["step"], state["best"], time.time() - state["seconds"]
         self.logged = (self.step, time.time())
@@ -401,7 +377,7 @@ class Run:
         self.check(values.values())
         pace = (time.time() - self.logged[1]) / max(1, self.step - self.logged[0])  # seconds a step
         self.logged = (self.step, time.time())
-        row = {"step": self.step} | {k: round(v.item(), 5) for k, v in values.items()}
+        row = {"step": self.step} | {k: float(f"{v:.5g}") for k, v in values.items()}
         row["img_per_s"] = round(self.args.batch / pace, 1)
         if self.args.rank == 0:
             with open(self.file, "a") as file:
@@ -421,15 +397,18 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(file.name, self.args.out / name)
+        if self.args.world > 1:
+            dist.barrier()  # the other ranks may read it next
 
     def leave_if_told(self):
         """After SIGTERM or Ctrl-C: a checkpoint, then the end. Several ranks agree on it, every ten steps."""
-        told = torch.tensor(len(self.signals), device=self.args.device if self.args.world > 1 else "cpu")
-        if self.args.world > 1:
-            told = dist.all_reduce(told) or told if self.step % 10 == 0 else 0
-        if told > 0:
+        told = [self.signals]
+        if self.args.world > 1 and self.every(10):
+            told = [None] * self.args.world
+            dist.all_gather_object(told, self.signals)
+        if any(told) and (self.args.world == 1 or self.every(10)):
             self.save()
-            sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
+            sys.exit(128 + max(told)[0])
 
 
 # ------------------------------------------------------------ training
@@ -447,29 +426,22 @@ def build(args):
     return [network.to(args.device, memory_format=torch.channels_last) for network in networks]
 
 
-@torch.no_grad()
 def settle(args, average, inputs=None):
-    """A copy in eval mode of averaged weights, with standing statistics (BigGAN): batch norm's means over `inputs`, for G
-    over latents."""
-    network = copy.deepcopy(average.module).train()
-    for norm in (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean
-    for x in inputs or (prior(args, 64, STANDING, i) for i in range(args.standing)):
-        power_iteration(network)
-        network(x)
+    """A frozen copy of averaged weights with standing statistics (BigGAN): batch norm's means over the batches of
+    `inputs`, for G over latents."""
+    network = copy.deepcopy(average.module).requires_grad_(False)
+    update_bn(inputs or (prior(args, 64, STANDING, i) for i in range(args.standing)), network)
     return network.eval()
 
 
-def images(args, split, batch, first=0, **share):
+def images(args, split, batch, first=0, pieces=1, rank=0, world=1):
     """Endless batches from number `first` on: x [m, 3, encoder_size, encoder_size] for E, and for D the means of x over
     squares where E has the higher resolution. Labels are not looked at."""
     crop, size = None, args.encoder_size
     if split == "train" and args.crop_area < 1:  # cut from whole pictures
         crop, size = (1, size, (args.crop_area, 1.0), (1 / args.crop_ratio, args.crop_ratio), "bicubic"), None
     data = load(args.data, split, size, args.root, args.skip_broken)
-    share = {"rank": 0, "world": 1, "flip": split == "train"} | share
-    for x, _, _ in batches(data, batch, args.seed, first, crop=crop, device=args.device, **share):
+    for x, _, _ in batches(data, batch, args.seed, first, pieces, split == "train", crop, args.device, rank, world):
         x = x[:, 0] if crop else x
         yield x, F.avg_pool2d(x, args.encoder_size // args.size)
 
@@ -478,20 +450,20 @@ def train(args):
     G, E, D = build(args)
     G_ema, E_ema = (AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) for network in (G, E))
     rates = ((G, args.lr_g), (E, args.lr_g * args.eta), (D, args.lr_d))
-    opt_G, opt_E, opt_D = (torch.optim.Adam(n.parameters(), lr, (0.0, args.beta2), fused=True) for n, lr in rates)
+    opt_G, opt_E, opt_D = (torch.optim.Adam(n.parameters(), lr, args.betas, fused=True) for n, lr in rates)
     run = Run(args, G=G, E=E, D=D, G_ema=G_ema, E_ema=E_ema, opt_G=opt_G, opt_E=opt_E, opt_D=opt_D)
     for network in (G, E, D) if args.compile else ():
         network.compile()
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16")
+
     draws, share = args.d_steps + 1, args.batch // (args.world * args.accumulate)  # batches a step, images a piece
-    place = {"pieces": args.accumulate, "rank": args.rank, "world": args.world}
-    stream = images(args, "train", args.batch, run.step * draws, **place)
+    stream = images(args, "train", args.batch, run.step * draws, args.accumulate, args.rank, args.world)
 
     def draw(k, piece):
-        """Images for E, the same for D, z, noise for E: this rank's share of piece `piece` of the step's k-th batch. Random
-        numbers are drawn for the whole batch and cut, so that neither ranks nor pieces change them."""
+        """Images for E, for D, z, noise for E: this rank's share of piece `piece` of the step's k-th batch. Noise is
+        drawn for the whole batch and cut, so that neither ranks nor pieces change it."""
         first = (piece * args.world + args.rank) * share
-        z, noise = (prior(args, args.batch, purpose, run.step * draws + k) for purpose in (LATENTS, POSTERIOR))
+        z, noise = (prior(args, args.batch, kind, run.step * draws + k) for kind in (LATENTS, POSTERIOR))
         return *next(stream), z[first : first + share], noise[first : first + share]
 
     while run.step < args.steps:
@@ -513,7 +485,8 @@ def train(args):
 
         D.requires_grad_(False)
         power_iteration(G, D)
-        opt_G.zero_grad(), opt_E.zero_grad()
+        opt_G.zero_grad()
+        opt_E.zero_grad()
         for piece in range(args.accumulate):  # E and G learn to make the two alike
             x, seen, z, noise = draw(args.d_steps, piece)
             with autocast:
@@ -522,7 +495,8 @@ def train(args):
                 loss_eg = encoder_generator_loss(real, fake)
             (loss_eg / args.accumulate).backward()
         average_gradients(args, G, E)
-        opt_G.step(), opt_E.step()
+        opt_G.step()
+        opt_E.step()
         for average, network in ((G_ema, G), (E_ema, E)):
             if run.step < args.ema_start:
                 average.n_averaged.zero_()  # the first update of an average is a copy
@@ -530,12 +504,12 @@ def train(args):
         run.step += 1
 
         if run.every(args.log_every):
-            with torch.no_grad(), autocast:  # pairing: does D hear which z belongs to an x? At 0 E learns nothing
+            with torch.no_grad(), autocast:  # pairing: what another image's z changes in s_xz; at 0 E learns nothing
                 matched, shuffled = (D(seen, latents)[2] for latents in (z_hat, z_hat.roll(1, 0)))
-                mu, sigma = E(x)  # mu_std at 0: all images share one z
+                mu, sigma = E.eval()(x)  # mu_std at 0: all images share one z. In train mode batch norm would move
             names = [f"{side}_{k}" for side in ("real", "fake") for k in args.scores]
             scores = dict(zip(names, real + fake, strict=True))
-            watch = {"pairing": matched - shuffled, "mu_std": mu.std(0), "sigma": sigma, "lr": args.lr_g}
+            watch = {"pairing": (matched - shuffled).abs(), "mu_std": mu.std(0), "sigma": sigma, "lr": args.lr_g}
             run.log(loss_d=loss_d, loss_eg=loss_eg, **scores, **watch)
         if run.every(args.eval_every):
             distance, *_ = judge_samples(args, settle(args, G_ema), full=False).values()
@@ -546,7 +520,8 @@ def train(args):
             run.save()
             picture(args, "samples.png", settle(args, G_ema)(prior(args, 64, PICTURES, 0)))
         run.leave_if_told()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
     sample(args)
     evaluate(args)
 
@@ -554,21 +529,20 @@ def train(args):
 # ------------------------------------------------------------ pictures and numbers
 def picture(args, name, x, columns=8):
     if args.rank == 0:
-        save_image(x.detach(), args.out / name, nrow=columns, normalize=True, value_range=(-1, 1))
+        save_image(x, args.out / name, nrow=columns, normalize=True, value_range=(-1, 1))
 
 
 def restore(args):
     """Averaged G and E with standing statistics, and the checkpoint that they come from."""
-    state = read_checkpoint(args, "best.pt" if args.best else "checkpoint.pt")
-    if state is None:
-        raise UserError(f"there is no checkpoint in {args.out}: train first, or give the run's --out")
-    G_ema, E_ema = (AveragedModel(network) for network in build(args)[:2])
-    G_ema.load_state_dict(state["G_ema"]), E_ema.load_state_dict(state["E_ema"])
-    inputs = [x for x, _ in islice(images(args, "train", 64), args.standing)]
-    return settle(args, G_ema), settle(args, E_ema, inputs), state
+    name = "best.pt" if args.best else "checkpoint.pt"
+    if (state := read_checkpoint(args, name)) is None:
+        raise UserError(f"there is no {name} in {args.out}: train first, or give the run's --out")
+    G_ema, E_ema, _ = (AveragedModel(network) for network in build(args))
+    G_ema.load_state_dict(state["G_ema"])
+    E_ema.load_state_dict(state["E_ema"])
+    return settle(args, G_ema), settle(args, E_ema, islice(images(args, "train", 64), args.standing)), state
 
 
-@torch.no_grad()
 def sample(args):
     """samples.png; reconstructions.png: test images, G(E(x)) behind each; interpolations.png: four rows between two
     latents of the prior, then four between those of two test images."""
@@ -584,11 +558,10 @@ def sample(args):
 
 def judge_samples(args, G, full=True):
     data = load(args.data, args.fid_split, args.size, args.root, args.skip_broken)
-    draw = torch.no_grad()(lambda chunk, n: G(prior(args, n, FAKES, chunk)))
+    draw = lambda chunk, n: G(prior(args, n, FAKES, chunk))
     return fid.evaluate(draw, data, args.fid_samples, args.fid_features, args.device, args.fid_weights, full)
 
 
-@torch.no_grad()
 def evaluate(args):
     """metrics.json: the linear probe of E's features, how well G and E invert each other, FID and its sisters."""
     G, E, state = restore(args)
@@ -607,64 +580,54 @@ def evaluate(args):
     try:
         metrics |= judge_samples(args, G)
     except UserError as error:  # no Inception weights here: the run keeps the rest
-        again = " ".join(["python", sys.argv[0], "eval", *(a for a in sys.argv[1:] if a not in ("train", "eval"))])
-        print(f"{SCRIPT}.py: no FID: {error}; then: {again}", file=sys.stderr)
+        flags = " ".join(word for word in sys.argv[1:] if word not in ("train", "eval"))
+        print(f"{SCRIPT}.py: no FID: {error}; then: python {sys.argv[0]} eval {flags}", file=sys.stderr)
     if args.rank == 0:
         (args.out / "metrics.json.tmp").write_text(json.dumps(metrics, indent=1) + "\n")
         os.replace(args.out / "metrics.json.tmp", args.out / "metrics.json")
         print(f"{args.out}: samples.png, reconstructions.png, interpolations.png, and in metrics.json:")
         for k in (k for k in metrics if k.endswith("top1") or k.startswith(("fid", "fd_", "reconstruction"))):
             print(f"  {k} {metrics[k]:.4g}")
-        print(MEANING)
+        print("top1: accuracy with E's features, beside untrained_, raw_pixels_, random_features_; fid, fd_random (NOT")
+        print("FID): distance from real images, 0 is best; reconstruction: 0 is exact, 1 as bad as for a stranger.")
 
 
 # ------------------------------------------------------------ the command line
 # fmt: off
-MEANING = """top1: accuracy, 0 to 1, of a classifier on E's features (probe_, crelu_probe_: linear; knn_: of nearest neighbours),
-to be held against the untrained E's, pixels' and a random network's. fid, fd_random (in random features, NOT FID): distance
-of samples from real images, 0 is best. reconstruction_error_ratio: of G(E(x)) over G(E(another x)), 1 for strangers."""
 FLAGS = {  # those whose defaults are in PRESETS
     "size": "side of G's images, pixels", "encoder_size": "side of E's images, a multiple of --size; 0: the same",
-    "encoder": f"backbone of E: {', '.join(BACKBONES)}", "steps": "training steps; more of them extend a finished run",
+    "encoder": "backbone of E", "steps": "training steps; more of them extend a finished run",
     "batch": "images a step, over all ranks and pieces", "d_steps": "steps of D for one of E and G",
     "lr_d": "learning rate of D", "lr_g": "learning rate of G", "eta": "learning rate of E, in units of G's",
     "ema": "decay of the averages of G and E, 0 to 1", "crop_area": "least share of an image in a crop; 1: no crops",
     "crop_ratio": "largest aspect ratio of a crop", "log_every": "steps between two lines of log.jsonl",
     "save_every": "steps between checkpoints, each with a samples.png", "fid_samples": "samples that FID is taken of",
-    "fid_features": "inception, or random: no weights, fd_random", "fid_split": "FID's real images: train or test",
+    "fid_features": "random needs no weights, gives fd_random", "fid_split": "FID's real images",
     "probe_samples": "training images of the linear probe, with half as many test images; 0: all",
 }
+CHOICES = {"encoder": BACKBONES, "fid_features": ("inception", "random"), "fid_split": ("train", "test")}
 FREE = {  # what may differ between two runs of one checkpoint
-    "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best", "standing",
+    "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best",
     "log_every", "save_every", "eval_every", "fid_features", "fid_samples", "fid_split", "fid_weights", "probe_samples",
 }
 # fmt: on
 
 
-def fail(message):
-    raise UserError(message)
-
-
 def parse():
     """The flags; their defaults are those of the preset that --data or --preset choose."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--data", default="shapes")
-    first.add_argument("--preset")
-    data, preset = vars(first.parse_known_args()[0]).values()
-    usual = {"imagenet": "paper"} | dict.fromkeys(("shapes", "dsprites", "mnist", "fashion_mnist"), "demo")
-    preset = preset or usual.get(data, "small")
     formats = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Format", formats, {}))
-    parser.error = fail
+    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
     add, cuda = parser.add_argument, torch.cuda.is_available()
+    devices = ("cuda", "cpu") if cuda else ("cpu",)
     add("command", nargs="?", default="train", choices=("train", "sample", "eval"), help="train does all three")
     add("--data", default="shapes", help=f"{', '.join(NAMES)}, or a folder of images")
     add("--root", default="data", help="folder of the data sets' files, and of a cache")
-    add("--preset", default=preset, choices=PRESETS, help="where the other defaults come from")
+    add("--preset", choices=PRESETS, help="where other defaults come from")
     add("--accumulate", type=int, default=1, help="pieces of a rank's share of the batch, to save memory")
     add("--seed", type=int, default=0, help="of everything random, from 0")
-    add("--out", type=Path, default=Path("runs", f"{SCRIPT}-{Path(data).name}"), help="folder of the run")
-    add("--device", default="cuda" if cuda else "cpu", choices=("cpu", "cuda"), help="where to compute")
+    add("--out", type=Path, help="folder of the run")
+    add("--device", default=devices[0], choices=devices, help="where to compute")
     add("--precision", default="bf16" if cuda else "fp32", choices=("fp32", "bf16"), help="of training")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--eval-every", type=int, default=0, help="steps between FIDs, the best of which keeps best.pt; 0: none")
@@ -675,21 +638,18 @@ def parse():
     add("--prior", default="normal", choices=("normal", "uniform"), help="ablation: P(z); uniform has E = tanh(mu)")
     add("--deterministic", action="store_true", help="ablation: E without noise")
     for name, text in FLAGS.items():
-        default = PRESETS[preset][name]
-        add(f"--{name.replace('_', '-')}", type=type(default), default=default, help=text)
-    parser.set_defaults(**PRESETS[preset])
+        add(f"--{name.replace('_', '-')}", type=type(PAPER[name]), choices=CHOICES.get(name), help=text)
+    asked, _ = parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
+    usual = {"imagenet": "paper", "shapes": "demo", "dsprites": "demo", "mnist": "demo", "fashion_mnist": "demo"}
+    preset = asked.preset or usual.get(asked.data, "small")
+    parser.set_defaults(preset=preset, out=Path("runs", f"{SCRIPT}-{Path(asked.data).name}"), **PRESETS[preset])
     args = parser.parse_args()
     args.encoder_size = args.encoder_size or args.size
-    if low := [
-        k
-        for k in ("steps", "batch", "accumulate", "size", "d_steps", "log_every", "save_every")
-        if getattr(args, k) < 1
-    ]:
-        raise UserError(f"--{low[0].replace('_', '-')} {getattr(args, low[0])}: must be at least 1")
-    if args.size not in args.G or args.encoder_size % args.size or args.encoder not in BACKBONES:
-        raise UserError(
-            f"--size is one of {[*args.G]} here, --encoder-size a multiple, --encoder one of {[*BACKBONES]}"
-        )
+    for name in ("steps", "batch", "accumulate", "d_steps", "log_every", "save_every", "fid_samples"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.size not in args.G or args.encoder_size < 1 or args.encoder_size % args.size:
+        raise UserError(f"--size is one of {[*args.G]} with --preset {preset}, and --encoder-size a multiple of it")
     args.z_dim = args.z_chunk * len(args.G[args.size])
     args.config = {k: v for k, v in vars(args).items() if k not in FREE}
     return args

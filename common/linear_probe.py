@@ -1,11 +1,12 @@
 """What has an encoder learnt? Frozen features in, accuracy (0 to 1) out: a linear classifier, and weighted k-NN.
 
-With the features of un-augmented pictures the linear probe is a convex problem, so it is solved instead of tuned. The
-processes of a distributed run extract a share of the features each, gather them, and all solve the same small problem.
+With features of un-augmented pictures the linear probe is a convex problem: it is solved, not tuned. The processes of a
+distributed run extract a share of the features each, gather them, and all solve the same small problem.
 """
 
 import math
 from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 import torch
@@ -13,14 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from common.data import UserError
-
-STRENGTHS = tuple(10.0**e for e in range(-6, 1))  # l2 = 1 / (C N) in scikit-learn's terms
-
-
-def _pictures(data, rows, device, batch=256):
-    for part in rows.split(batch):
-        yield data.images[part].to(device).permute(0, 3, 1, 2).float() / 127.5 - 1  # [m, 3, S, S] in [-1, 1]
+from common.data import UserError, batches
+from common.fid import RandomFeatures
 
 
 @torch.no_grad()
@@ -38,23 +33,22 @@ def _features(encoder, pictures, training=False):
             module.training = mode
 
 
-def extract(encoder, data, device="cpu", batch=256, rows=None):
-    """Features and labels of a data set (or of its `rows`) in order: x float32 [N, D], y int64 [N] or None.
+def extract(encoder, data, device="cpu", batch=256):
+    """Features and labels of a data set in order: x float32 [N, D], y int64 [N] or None; UserError if x is not finite.
 
-    The encoder, on `device`, maps [B, 3, S, S] in [-1, 1] to [B, D], or to [B, D, h, w], which is average-pooled; a
-    module runs in eval mode and gets its modes back. UserError where a feature is not finite.
+    The encoder maps [B, 3, S, S] in [-1, 1] to [B, D], or to [B, D, h, w], which is average-pooled, in eval mode.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows = torch.arange(len(data)) if rows is None else rows
-    share = rows[torch.arange(rank, math.ceil(len(rows) / world) * world, world) % len(rows)]  # as long on every rank
-    x = torch.cat(list(_features(encoder, _pictures(data, share, device, batch))))
+    parts = torch.arange(rank, len(data), world).split(batch)
+    pictures = (data.images[rows].to(device).permute(0, 3, 1, 2).float() / 127.5 - 1 for rows in parts)
+    x = torch.cat(list(_features(encoder, pictures)))
     if world > 1:
-        shares = [torch.empty_like(x) for _ in range(world)]
-        dist.all_gather(shares, x.contiguous())
-        x = torch.stack(shares, 1).flatten(0, 1)[: len(rows)]  # cuts again what made the shares equally long
+        share, x = x, x.new_zeros(len(data), x.shape[1])
+        x[rank::world] = share
+        dist.all_reduce(x)  # each row is zero on all ranks but one
     if not x.isfinite().all():
         raise UserError("the encoder's features are not finite: evaluate a checkpoint from before it diverged")
-    return x, None if data.labels is None else data.labels[rows].to(device)
+    return x, None if data.labels is None else data.labels.to(device)
 
 
 def calibrate(encoder, data, device="cpu", batch=256):
@@ -63,10 +57,9 @@ def calibrate(encoder, data, device="cpu", batch=256):
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_running_stats()
             module.momentum = None  # PyTorch's word for the plain average of all batches
-    rows = torch.from_numpy(np.random.default_rng(0).permutation(len(data))[:10_000])  # folders are sorted by class
-    rows = rows[: len(rows) // batch * batch or None]  # a short last batch would weigh too much
-    for _ in _features(encoder, _pictures(data, rows, device, batch), training=True):
-        pass
+    shuffled = batches(data, batch, seed=0, flip=False, device=device, rank=0, world=1)  # folders are sorted by class
+    shuffled = islice(shuffled, max(1, min(len(data), 10_000) // batch))
+    list(_features(encoder, (x for x, _, _ in shuffled), training=True))
 
 
 @contextmanager
@@ -109,47 +102,42 @@ def _direction(gradient, history, gamma):
     return d
 
 
-@torch.no_grad()
 @_full_precision()
 def fit(x, y, l2, classes, start=None, tolerance=1e-5, limit=500):
     """Logistic regression, x [N, D], y [N], at S strengths l2 [S] > 0: W [S, D, K], b [S, K], gradient [S].
 
-    Minimises `_objective` until no entry of the gradient exceeds `tolerance`, or for `limit` steps, from `start`
-    [S, D + 1, K] or 0, and returns the largest entry left. With w, A the eigenvalues and -vectors of x^T x / N, L-BFGS
-    sees v, W = A v / sqrt(w/2 + l2), in which Böhning's bound (1992) of the Hessian is the identity, if x is centred.
+    Minimises `_objective` from `start` [S, D + 1, K] or 0 until no entry of the gradient exceeds `tolerance`, or for
+    `limit` steps; returns the largest entry left. L-BFGS sees v, W = R^-T v, where R R^T = x^T x / 2N + l2: for centred
+    x that is Böhning's bound (1992) of the Hessian, and the identity bounds it in v.
     """
-    w, axes = torch.linalg.eigh(x.T @ x / len(x))
-    scale = F.pad((w.clamp(min=0) / 2 + l2[:, None]).sqrt()[..., None], (0, 0, 0, 1), value=1)  # [S, D + 1, 1]
+    bound = torch.block_diag(x.T @ x / (2 * len(x)), x.new_ones(1, 1))
+    rounding = 10 * torch.finfo(x.dtype).eps * bound.trace()  # keeps a singular matrix positive
+    root = torch.linalg.cholesky(bound + (l2 + rounding)[:, None, None] * torch.eye(len(bound), device=x.device))
+    on = torch.arange(len(l2), device=x.device)  # strengths that have arrived leave it, and cost nothing more
 
-    def turn(axes, W):
-        return torch.cat([torch.einsum("de,sek->sdk", axes, W[:, :-1]), W[:, -1:]], 1)
+    def evaluate(W):
+        f, gradient = _objective(x, y, W, l2[on])
+        return W, f, torch.linalg.solve_triangular(root, gradient, upper=False), gradient.abs().amax((1, 2))
 
-    def evaluate(v, on):
-        f, gradient = _objective(x, y, turn(axes, v / scale[on]), l2[on])
-        return f, turn(axes.T, gradient) / scale[on], gradient.abs().amax((1, 2))
-
-    v = x.new_zeros(len(l2), x.shape[1] + 1, classes) if start is None else turn(axes.T, start) * scale
-    f, g, worst = evaluate(v, torch.arange(len(l2), device=x.device))
+    W, f, g, worst = evaluate(x.new_zeros(len(l2), len(bound), classes) if start is None else start)
     step, gamma, history = torch.ones_like(l2), 1, []
     for _ in range(limit):
-        active = worst > tolerance
-        on = active.nonzero().flatten()  # strengths that have arrived cost nothing more
-        if len(on) == 0:
+        left = worst[on] > tolerance
+        if not left.any():
             break
-        d = step[:, None, None] * _direction(g, history, gamma)
-        new = evaluate((v + d)[on], on)
-        f_new, g_new, worst_new = (a.index_copy(0, on, b) for a, b in zip((f, g, worst), new, strict=True))
+        on, root = (on, root) if left.all() else (on[left], root[left])
+        d, before = step[:, None, None] * _direction(g, history, gamma), g
+        new = evaluate(W[on] + torch.linalg.solve_triangular(root.mT, d[on], upper=True))
         armijo = f + 1e-4 * (g * d).sum((1, 2)) + 1e-7 * f.abs()  # the last term is for float32's rounding
-        accept = active & (f_new <= armijo)
-        mask = accept[:, None, None]
-        s, change = torch.where(mask, d, 0), torch.where(mask, g_new - g, 0)
+        accept = new[1] <= armijo[on]
+        moved = on[accept]
+        W, f, g, worst = (a.index_copy(0, moved, b[accept]) for a, b in zip((W, f, g, worst), new, strict=True))
+        step = (step / 2).index_fill(0, moved, 1)
+        s, change = torch.zeros_like(d).index_copy(0, moved, d[moved]), g - before
         curvature, square = (s * change).sum((1, 2), keepdim=True), change.square().sum((1, 2), keepdim=True)
         useful = curvature > 1e-12 * square
         history = [*history[-9:], (s, change, torch.where(useful, 1 / curvature, 0))]  # 0: the pair counts for nothing
         gamma = torch.where(useful, curvature / square, gamma)
-        v, g, step = v + s, torch.where(mask, g_new, g), torch.where(accept, 1, step / 2)
-        f, worst = torch.where(accept, f_new, f), torch.where(accept, worst_new, worst)
-    W = turn(axes, v / scale)
     return W[:, :-1], W[:, -1], worst
 
 
@@ -172,20 +160,16 @@ def _standardiser(x):
     """(x - mean) / std by the statistics of x, in place; what is constant but for rounding becomes 0."""
     variance, mean = torch.var_mean(x, 0, correction=0)
     std = variance.sqrt()
-    gain = torch.where(std > 1e-5 * std.max(), 1 / std, 0)
-    return lambda z: z.sub_(mean).mul_(gain)
+    std = torch.where(std > 1e-5 * std.max(), std, torch.inf)
+    return lambda z: z.sub_(mean).div_(std)
 
 
-def _crelu(z):
-    return torch.cat([z.relu(), z.neg().relu_()], 1)
+def probe(train, test, seed=0, l2=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0), crelu=False):
+    """Linear classification, train and test = (x [N, D], y [N]): {top1, top5 if K >= 100, l2, edge, dim, converged}.
 
-
-def probe(train, test, seed=0, l2=STRENGTHS, crelu=False):
-    """Linear classification, train and test = (x [N, D], y [N]): {top1, top5 if K >= 100, l2, dim, converged, ...}.
-
-    Fits every strength on nine tenths of train, picks the best on the rest (of equals the strongest), refits it on all
-    of train and reports the accuracy on test. `edge` is 1 where the pick is the sweep's first or last. With `crelu` the
-    classifier reads [relu(z), relu(-z)] of the standardised features z (BigBiGAN's BN + CReLU).
+    Fits every strength l2 (1 / (C N) in scikit-learn's terms) on nine tenths of train, picks the best on the rest (of
+    equals the strongest), refits it on all of train. `edge`: 1 where it is the sweep's first or last. `crelu`: reads
+    [relu(z), relu(-z)] of the standardised features z (BigBiGAN's BN + CReLU).
     """
     held, l2 = _held_out(train[1], seed), train[0].new_tensor(sorted(l2))
     order, n = held.int().argsort(stable=True).to(train[0].device), int((~held).sum())
@@ -193,30 +177,17 @@ def probe(train, test, seed=0, l2=STRENGTHS, crelu=False):
     standardise = _standardiser(x[:n])
     x, test_x = standardise(x), standardise(test[0].clone())
     if crelu:
-        x, test_x = _crelu(x), _crelu(test_x)
+        x, test_x = (torch.cat([z.relu(), z.neg().relu_()], 1) for z in (x, test_x))
     classes = int(y.max()) + 1
-    W, b, gradient = fit(x[:n], y[:n], l2, classes)
+    W, b, sweep = fit(x[:n], y[:n], l2, classes, tolerance=1e-4)  # enough to compare accuracies
     accuracy = _accuracy(x[n:], y[n:], W, b).tolist()
     best = max(range(len(l2)), key=lambda s: (accuracy[s], s))
     W, b, last = fit(x, y, l2[[best]], classes, start=torch.cat([W, b[:, None]], 1)[[best]])
-    result = {"top1": float(_accuracy(test_x, test[1], W, b))}
-    if classes >= 100:
-        result["top5"] = float(_accuracy(test_x, test[1], W, b, k=5))
-    left = float(torch.cat([gradient, last]).max())
-    edge = float(best in (0, len(l2) - 1))
-    return result | {
-        "l2": float(l2[best]),
-        "edge": edge,
-        "dim": x.shape[1],
-        "gradient": left,
-        "converged": float(left <= 1e-5),
-    }
-
-
-def _votes(x, y, test_x, k, temperature):
-    cosine, neighbours = (test_x @ x.T).topk(min(k, len(x)))
-    weights = ((cosine - cosine[:, :1]) / temperature).exp()  # relative to the nearest's, so no T can overflow
-    return weights.new_zeros(len(test_x), int(y.max()) + 1).scatter_add_(1, y[neighbours], weights)  # [m, K]
+    result = {"l2": float(l2[best]), "edge": float(best in (0, len(l2) - 1)), "dim": x.shape[1]}
+    result["converged"] = float(sweep.max() <= 1e-4 and last <= 1e-5)
+    for k in (1, 5) if classes >= 100 else (1,):
+        result[f"top{k}"] = float(_accuracy(test_x, test[1], W, b, k))
+    return result
 
 
 @_full_precision()
@@ -225,65 +196,63 @@ def knn(train, test_x, k=20, temperature=0.07):
 
     The k nearest by cosine vote with exp(cosine / temperature); of equal classes the lowest wins.
     """
-    x, y = F.normalize(train[0], dim=1), train[1]
-    parts = F.normalize(test_x, dim=1).split(max(1, 2**25 // len(x)))  # bounds the cosines to 128 MiB
-    return torch.cat([_votes(x, y, part, k, temperature).argmax(1) for part in parts])
+    (x, y), labels = (F.normalize(train[0], dim=1), train[1]), []
+    for part in F.normalize(test_x, dim=1).split(max(1, 2**25 // len(x))):  # bounds the cosines to 128 MiB
+        cosine, neighbours = (part @ x.T).topk(min(k, len(x)))
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()  # relative to the nearest's, so no T can overflow
+        votes = weights.new_zeros(len(part), int(y.max()) + 1).scatter_add_(1, y[neighbours], weights)  # [m, K]
+        labels.append(votes.argmax(1))
+    return torch.cat(labels)
 
 
-@torch.no_grad()
-def sgd_probe(encoder, batches, train, test, steps, device="cpu", rates=(3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0), seed=0):
-    """The papers' protocol for ImageNet: a linear layer, trained by SGD on features of augmented pictures of train.
+def sgd_probe(encoder, augmented, held_out, test, steps, device="cpu", rates=(3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)):
+    """The papers' protocol for ImageNet, SGD on the features of augmented pictures: {top1, rate, dim}.
 
-    `batches` is `common.data.batches` of train's pictures, with crop = (views, size, ...) or without; train and test
-    have the evaluation size. Features standardised (batch norm without affine), momentum 0.9, cosine schedule, all
-    learning rates at once; the one that is best on a tenth of train, never learnt from, is reported on test.
+    `augmented`: `common.data.batches` of pictures that `held_out` lacks, with crop or without. All learning rates are
+    trained at once, momentum 0.9, cosine schedule; the accuracy on `held_out` picks one. `held_out` and `test` have the
+    evaluation size. Features are standardised by held_out's statistics (batch norm without affine).
     """
-    held = _held_out(train.require_labels(), seed).to(device)
-    x, y = extract(encoder, train, device, rows=held.nonzero().flatten().cpu())
+    x, y = extract(encoder, held_out, device)
     standardise = _standardiser(x)
-    rate, none = torch.tensor(rates, device=device)[:, None, None], torch.zeros(len(rates), device=device)
-    W = torch.zeros(len(rates), x.shape[1] + 1, int(train.labels.max()) + 1, device=device)
+    rate = torch.tensor(rates, device=device)
+    W = torch.zeros(len(rates), x.shape[1] + 1, len(held_out.classes), device=device)
     velocity = torch.zeros_like(W)
-    for step, (pictures, labels, i) in zip(range(steps), batches, strict=False):
-        pictures, labels = pictures[~held[i]], labels[~held[i]]
+    for step, (pictures, labels, _) in zip(range(steps), augmented, strict=False):
         (z,) = _features(encoder, [pictures.flatten(0, -4)])  # [m views, D]
-        _, gradient = _objective(standardise(z), labels.repeat_interleave(len(z) // len(labels)), W, none)
+        _, gradient = _objective(standardise(z), labels.repeat_interleave(len(z) // len(labels)), W, 0 * rate)
         if dist.is_initialized():
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
         velocity = 0.9 * velocity + gradient
-        W -= rate * (1 + math.cos(math.pi * step / steps)) / 2 * velocity
-    accuracy = _accuracy(standardise(x), y, W[:, :-1], W[:, -1])
-    best = [int(accuracy.argmax())]
+        W -= rate[:, None, None] * (1 + math.cos(math.pi * step / steps)) / 2 * velocity
+    best = [int(_accuracy(standardise(x), y, W[:, :-1], W[:, -1]).argmax())]
     x, y = extract(encoder, test, device)
     top1 = _accuracy(standardise(x), y, W[best, :-1], W[best, -1])
     return {"top1": float(top1), "rate": rates[best[0]], "dim": x.shape[1]}
 
 
 def evaluate(encoder, train, test, untrained=None, device="cpu", crelu=False):
-    """Probe and k-NN of an encoder (see `extract`) beside their yardsticks, flat: probe_top1, knn_top1, chance, ...
+    """Probe and k-NN of an encoder beside their yardsticks, flat: probe_top1, knn_top1, chance, ...; needs labels.
 
-    `untrained`: the same module with its first weights; `calibrate` changes its batch-norm statistics. `crelu` adds the
-    probe of BN + CReLU. UserError without labels.
+    `untrained`: the same with its first weights; `calibrate` changes it. `crelu` adds the probe of BN + CReLU.
     """
-    from common.fid import RandomFeatures
-
     chance = float(test.require_labels().bincount().max() / len(test))
     result = {"chance": chance, "n_train": len(train.require_labels()), "n_test": len(test)}
-
-    def measure(prefix, encoder, neighbours=True, crelu=False):
-        fitting, testing = extract(encoder, train, device), extract(encoder, test, device)
-        for name in ("probe", "crelu_probe") if crelu else ("probe",):
-            scores = probe(fitting, testing, crelu=name == "crelu_probe")
-            result.update({f"{prefix}{name}_{key}": value for key, value in scores.items()})
-        if neighbours:
-            result[f"{prefix}knn_top1"] = float((knn(fitting, testing[0]) == testing[1]).double().mean())
-
-    measure("", encoder, crelu=crelu)
+    random = RandomFeatures(device)
     if untrained is not None:
         calibrate(untrained, train, device)
-        measure("untrained_", untrained)
-    random = RandomFeatures(device)
-    measure("raw_pixels_", lambda x: F.interpolate(x, size=min(x.shape[-1], 32), mode="area").flatten(1), False)
-    measure("random_features_", lambda x: random(((x + 1) * 127.5).round().to(torch.uint8))[0], False)
+    for prefix, measured in {
+        "": encoder,
+        "untrained_": untrained,
+        "raw_pixels_": lambda x: F.interpolate(x, size=min(x.shape[-1], 32), mode="area").flatten(1),
+        "random_features_": lambda x: random(((x + 1) * 127.5).round().to(torch.uint8))[0],
+    }.items():
+        if measured is None:
+            continue
+        fitting, testing = extract(measured, train, device), extract(measured, test, device)
+        for name in ("probe", "crelu_probe") if crelu and not prefix else ("probe",):
+            scores = probe(fitting, testing, crelu=name == "crelu_probe")
+            result |= {f"{prefix}{name}_{key}": value for key, value in scores.items()}
+        if prefix in ("", "untrained_"):
+            result[f"{prefix}knn_top1"] = float((knn(fitting, testing[0]) == testing[1]).double().mean())
     return result | {"converged": min(value for key, value in result.items() if key.endswith("converged"))}

@@ -6,7 +6,7 @@ About two minutes on 2 cores, most of it the shortened demo.
 import json
 import math
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 from unittest import mock
 
 import numpy as np
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
 
 import bigbigan
@@ -38,7 +40,8 @@ def built(*flags):
     """G, E and D on the meta device: shapes without numbers."""
     args = arguments(*flags)
     args.device = "meta"
-    with torch.device("meta"), mock.patch("torch.nn.init.orthogonal_"):
+    slow = mock.patch("torch.nn.init.orthogonal_"), mock.patch.object(_SpectralNorm, "_power_method")
+    with torch.device("meta"), slow[0], slow[1]:
         return args, *bigbigan.build(args)
 
 
@@ -46,8 +49,12 @@ def randomize(module, seed=0):
     """Weights without structure: an orthogonal start has all singular values equal, zero biases hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(max(1, p[0].numel() if p.ndim > 1 else 4)))
+        for name, p in module.named_parameters():
+            n = torch.randn(p.shape, generator=generator)
+            if p.ndim > 1:
+                p.copy_(n / math.sqrt(p[0].numel()))
+            else:
+                p.copy_(0.2 * n if name.endswith("bias") else 1 + 0.2 * n)
     return module
 
 
@@ -112,7 +119,9 @@ def test_shapes(flags):
 def test_the_paper_preset_is_the_papers():
     args = arguments("--data", "imagenet")
     wanted = dict(size=128, encoder_size=256, z_dim=120, batch=2048, d_steps=2, steps=500_000, eta=10, lr_g=5e-5)
-    wanted |= dict(lr_d=2e-4, beta2=0.999, sn_eps=1e-4, ema=0.9999, prior="normal", encoder="resnet50", attention=64)
+    wanted |= dict(
+        lr_d=2e-4, betas=(0.0, 0.999), sn_eps=1e-4, ema=0.9999, prior="normal", encoder="resnet50", attention=64
+    )
     wanted |= dict(crop_area=0.08, crop_ratio=4 / 3, scores=["x", "z", "xz"], deterministic=False)
     assert {name: getattr(args, name) for name in wanted} == wanted
 
@@ -123,10 +132,11 @@ def test_attention_sits_at_64_pixels(paper):
     for name, network in (("G", G), ("D", D)):
         for module in network.modules():
             if isinstance(module, bigbigan.Attention):
-                module.register_forward_hook(lambda m, args, out, name=name: sizes.setdefault(name, out.shape[2:]))
+                keep = lambda m, inputs, out, name=name: sizes.update({name: (*sizes.get(name, ()), out.shape[-1])})
+                module.register_forward_hook(keep)
     z = torch.empty(2, 120, device="meta")
     D(G(z), z)
-    assert sizes == {"G": (64, 64), "D": (64, 64)}
+    assert sizes == {"G": (64,), "D": (64,)}
 
 
 # ------------------------------------------------------------ the objective
@@ -244,22 +254,22 @@ def test_ablations_drop_scores(pairs):
 
 
 def test_posterior():
+    """sigma = softplus(sigma_hat): log 2 at 0; z = mu + sigma * noise."""
     args = arguments()
-    mu, sigma_hat = torch.randn(5, args.z_dim, requires_grad=True), torch.zeros(5, args.z_dim)
-    sigma_hat[1:] = -40
-
-    E = bigbigan.Encoder(nn.Identity(), 4, 4, args.z_dim)
-    E.head = nn.Identity()
-    with (
-        mock.patch.object(E, "mlp", lambda _: torch.cat([mu, sigma_hat], 1)),
-        mock.patch.object(F, "relu", lambda x: x),
-    ):
-        mean, sigma = E(torch.zeros(5, 4, 2, 2))
-        z = bigbigan.posterior(args, E, torch.zeros(5, 4, 2, 2), torch.ones(5, args.z_dim))
-        assert torch.equal(bigbigan.posterior(args, E, torch.zeros(5, 4, 2, 2)), mean)  # no noise: the mean
-    assert torch.equal(mean, mu) and torch.allclose(sigma[0], torch.tensor(0.693147))
-    assert torch.allclose(z[1:], mu[1:], atol=1e-6) and torch.allclose(z[0], mu[0] + 0.693147, atol=1e-6)
-    assert torch.equal(torch.autograd.grad(z.sum(), mu)[0], torch.ones_like(mu))
+    E, x = bigbigan.build(args)[1], torch.zeros(2, 3, 32, 32)
+    half = args.z_dim // 2
+    with torch.no_grad():
+        nn.init.zeros_(E.head.weight), E.head.bias.copy_(torch.arange(2.0 * args.z_dim))  # mu first
+        E.head.bias[args.z_dim : args.z_dim + half], E.head.bias[args.z_dim + half :] = 0, -40
+    mu, sigma = E(x)
+    z = bigbigan.posterior(args, E, x, torch.full((2, args.z_dim), 2.0))
+    assert torch.equal(mu, torch.arange(1.0 * args.z_dim).expand(2, -1))
+    assert torch.allclose(sigma[:, :half], torch.tensor(0.693147)) and sigma.min() > 0
+    assert torch.allclose(z[:, :half] - mu[:, :half], torch.tensor(2 * 0.693147), atol=1e-5)
+    assert torch.allclose(z[:, half:], mu[:, half:], atol=1e-6)
+    assert torch.equal(bigbigan.posterior(args, E, x), mu)  # without noise: the mean
+    (gradient,) = torch.autograd.grad(z.sum(), E.head.bias)
+    assert torch.equal(gradient[: args.z_dim], torch.full((args.z_dim,), 2.0))  # dz / dmu = 1, for two images
 
 
 def test_ablations_of_the_posterior_and_the_prior(pairs):
@@ -306,8 +316,7 @@ def test_power_iteration_is_one_iteration():
     for _ in range(20):
         bigbigan.power_iteration(layer)
     assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1, abs=1e-5)
-    assert (original / layer.weight).mean().nan_to_num() != 0  # W stays as it is
-    assert torch.linalg.matrix_norm(original, 2).item() == pytest.approx(6.708204, abs=1e-5)
+    assert torch.linalg.matrix_norm(original, 2).item() == pytest.approx(6.708204, abs=1e-5)  # W itself stays
 
 
 def test_sigma_has_a_gradient():
@@ -406,19 +415,16 @@ def test_a_single_label(paper):
 
 
 def test_f_is_a_sum_and_scaled_for_the_pair_alone():
-    make = lambda scale: randomize(
-        bigbigan.Discriminator(bigbigan.image_trunk((8, 8), 1, 8), 8, 4, 16, 2, f_scale=scale)
-    )
-    whole, eighth = make(1.0), make(1 / 8)
-    for D in (whole, eighth):
-        D.eval()
+    D = randomize(bigbigan.Discriminator(bigbigan.image_trunk((8, 8), 1, 8), 8, 4, 16, 2, f_scale=1 / 8))
+    bigbigan.power_iteration(D.train())
     x, z = torch.randn(3, 3, 8, 8), torch.randn(3, 4)
-    assert torch.allclose(whole.features(x), F.relu(whole.F(x)).flatten(2).sum(2), atol=1e-4)
     with torch.no_grad():
-        a, b = whole(x, z), eighth(x, z)
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.allclose(a[2], b[2])
-        f, h = whole.features(x), whole.H(z)
-        assert torch.allclose(b[2], eighth.s_xz(F.relu(eighth.J(torch.cat([f / 8, h], 1))))[:, 0], atol=1e-5)
+        f, h, (s_x, s_z, s_xz) = D.features(x), D.H(z), D(x, z)
+        assert torch.allclose(f, F.relu(D.F(x)).flatten(2).sum(2), atol=1e-4)
+        assert torch.allclose(s_x, D.s_x(f)[:, 0]) and torch.allclose(s_z, D.s_z(F.relu(h))[:, 0])
+        assert torch.allclose(s_xz, D.s_xz(F.relu(D.J(torch.cat([f / 8, h], 1))))[:, 0], atol=1e-5)
+        D.f_scale = 1.0
+        assert torch.equal(D(x, z)[0], s_x) and not torch.allclose(D(x, z)[2], s_xz, rtol=0.01)
 
 
 def test_latent_mlp_by_the_formula():
@@ -439,12 +445,13 @@ def test_latent_mlp_by_the_formula():
     assert torch.allclose(network(x), h + L4(F.relu(L3(F.relu(h)))), atol=1e-5)
 
 
-def test_images_enter_D_without_relu():
-    trunk = randomize(bigbigan.image_trunk((8, 8), 1, 8))
-    x = torch.randn(1, 3, 8, 8)
-    trunk.eval()
-    assert not torch.allclose(trunk(x), trunk(F.relu(x)), atol=1e-3)
-    assert torch.equal(trunk(x), trunk(x.clone())) and not x.isnan().any()
+def test_images_enter_d_without_relu():
+    """In the first block; the pre-activation of every other one does not touch its skip."""
+    first, second = randomize(bigbigan.image_trunk((8, 8), 1, 8)).eval()
+    x, h = torch.randn(2, 3, 8, 8), torch.randn(2, 8, 4, 4)
+    assert not torch.allclose(first.branch(x), first.branch(F.relu(x)), atol=1e-3)
+    assert torch.equal(second.branch(h), second.branch(F.relu(h)))
+    assert torch.allclose(second(h), h + second.branch(h))
 
 
 @pytest.mark.parametrize(
@@ -476,7 +483,7 @@ def test_pre_activated_units(kind, cin, cout, stride):
 
 
 def test_reversible_unit():
-    unit, x = randomize(bigbigan.ReversibleUnit(16)).eval(), torch.randn(2, 16, 4, 4)
+    unit, x = randomize(bigbigan.ReversibleUnit(64)).eval(), torch.randn(2, 64, 4, 4)
     y2, y1 = unit(x).chunk(2, 1)
     x1, x2 = x.chunk(2, 1)
     assert torch.equal(y2, x2) and not torch.allclose(y1, x1, atol=1e-2)
@@ -593,8 +600,7 @@ def train(monkeypatch, tmp_path):
         def after(optimizer, *_):
             events[-1]["after"] = {name: flat(network).clone() for name, network in networks.items()}
 
-        hooks = torch.optim.optimizer
-        handles = [hooks.register_optimizer_step_pre_hook(before), hooks.register_optimizer_step_post_hook(after)]
+        handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
         handles.append(networks["D"].register_forward_hook(lambda m, inputs, out: judged.append(inputs)))
         try:
             bigbigan.train(args)
@@ -608,30 +614,28 @@ def train(monkeypatch, tmp_path):
 
 def test_a_step(train):
     """D twice, then E and G together; each moves alone; E at eta times G's rate; new images and latents each time."""
-    _, _, events, judged = train("--d-steps", 2, "--eta", 10, "--lr-g", 1e-4, "--lr-d", 3e-4)
+    args, _, events, judged = train("--d-steps", 2, "--eta", 10, "--lr-g", 1e-4, "--lr-d", 3e-4)
     assert [event["of"] for event in events] in (["D", "D", "G", "E"], ["D", "D", "E", "G"])
     for event in events:
         moved = {name for name in "GED" if not torch.equal(event["before"][name], event["after"][name])}
         assert moved == {event["of"]} and event["training"]
         assert event["lr"] == pytest.approx({"D": 3e-4, "G": 1e-4, "E": 1e-3}[event["of"]])
-        assert event["betas"][0] == 0
+        assert tuple(event["betas"]) == args.betas
     for event in events[:2]:
         assert event["grads"]["G"].norm() == 0 == event["grads"]["E"].norm()
     assert torch.equal(events[2]["grads"]["D"], events[1]["grads"]["D"])  # E's and G's step gives D none
     batches = [x for x, _ in judged[:3]]
     assert [len(x) for x in batches] == [16, 16, 16]
-    assert not any(
-        torch.equal(a[half], b[half]) for a, b in zip(batches, batches[1:]) for half in (slice(8), slice(8, 16))
-    )
+    assert not any(torch.equal(a[half], b[half]) for a, b in pairwise(batches) for half in (slice(8), slice(8, 16)))
     latents = [z[8:] for _, z in judged[:3]]
-    assert not any(torch.equal(a, b) for a, b in zip(latents, latents[1:]))
+    assert not any(torch.equal(a, b) for a, b in pairwise(latents))
 
 
 def test_the_generator_hears_d_after_its_step(train):
     """G's gradient, from L_EG and from what D weighs now, not from what it weighed before its step."""
     args, networks, events, judged = train("--d-steps", 1, "--lr-g", 0)
     G, _, D = networks.values()
-    (x, x_hat), (z_hat, z) = (part.chunk(2) for part in judged[1])
+    (x, x_hat), (z_hat, z) = (part.detach().chunk(2) for part in judged[1])
 
     def gradient():
         return gradients(bigbigan.encoder_generator_loss(*bigbigan.judge(args, D, x, z_hat, G(z), z)), G)
@@ -645,12 +649,13 @@ def test_the_generator_hears_d_after_its_step(train):
 
 def test_one_power_iteration_a_step(train):
     calls = []
-    norm = torch.nn.utils.parametrizations._SpectralNorm
-    iterate = norm._power_method
-    with mock.patch.object(norm, "_power_method", lambda self, *args: calls.append(self) or iterate(self, *args)):
+    iterate = _SpectralNorm._power_method
+    with mock.patch.object(
+        _SpectralNorm, "_power_method", lambda self, *args: calls.append(self) or iterate(self, *args)
+    ):
         _, networks, _, _ = train("--d-steps", 2, prepare=lambda *_: calls.clear())
     for name in "GD":
-        own = [m for m in networks[name].modules() if isinstance(m, norm)]
+        own = [m for m in networks[name].modules() if isinstance(m, _SpectralNorm)]
         assert own and all(sum(call is m for call in calls) == 3 for m in own)
 
 
@@ -662,7 +667,7 @@ def test_averages_start_as_copies(train):
         _, w2, w3, w4 = (event["after"][name] for event in events if event["of"] == name)
         average = AveragedModel(networks[name])
         average.load_state_dict(state[f"{name}_ema"])
-        found = nn.utils.parameters_to_vector(average.parameters())
+        found = torch.cat([p.detach().flatten() for p in average.parameters()])
         assert torch.allclose(found, 0.81 * w2 + 0.09 * w3 + 0.1 * w4, atol=1e-6)
         assert not torch.allclose(found, w4, atol=1e-5)
 
@@ -732,13 +737,10 @@ def untile(path, columns):
     )
 
 
-def test_pictures_and_reconstruction_error(train, monkeypatch, tmp_path):
-    pictured = bigbigan.picture, bigbigan.sample, bigbigan.evaluate
-    with monkeypatch.context() as real:
-        args, *_ = train()
-        real.undo()
+def test_pictures_and_reconstruction_error(train, monkeypatch):
+    args = train(standing=2)[0]
+    monkeypatch.undo()
     monkeypatch.setattr(bigbigan, "load", toy)
-    assert bigbigan.sample.__module__ == "bigbigan" and pictured
     bigbigan.sample(args)
     (x, seen), (G, E, _) = next(bigbigan.images(args, "test", 40)), bigbigan.restore(args)
     pairs = untile(args.out / "reconstructions.png", 10)
@@ -766,10 +768,20 @@ def test_pictures_and_reconstruction_error(train, monkeypatch, tmp_path):
 STEPS = 200
 
 
-def test_it_learns(monkeypatch, tmp_path, root):
+@pytest.fixture
+def one_thread():
+    """So that the time does not depend on what else the machine does: threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_it_learns(monkeypatch, tmp_path, root, one_thread):
     """The demo, shortened: G(E(x)) is nearer to x than to another image, and E's features tell more than at first."""
     monkeypatch.setattr(bigbigan, "sample", lambda args: None)
     monkeypatch.setattr(bigbigan, "evaluate", lambda args: None)
+    monkeypatch.setattr(bigbigan, "picture", lambda *args: None)
     args = arguments("--root", root, "--out", tmp_path, "--steps", STEPS, "--save-every", 10 * STEPS)
     bigbigan.train(args)
     G, E, _ = bigbigan.restore(args)
@@ -786,5 +798,5 @@ def test_it_learns(monkeypatch, tmp_path, root):
     linear_probe.calibrate(untrained, train)
     before, after, ratio = accuracy(untrained), accuracy(E.trunk), float(miss / other)
     print(f"reconstruction error ratio {ratio:.3f}, probe {before:.3f} -> {after:.3f} after {STEPS} steps")
-    assert ratio < 0.85, f"reconstructions are no nearer to their images than to others: {ratio:.3f}"
+    assert ratio < 0.9, f"reconstructions are no nearer to their images than to others: {ratio:.3f}"
     assert after > before + 0.04, f"E has learnt nothing: probe {before:.3f} -> {after:.3f}"

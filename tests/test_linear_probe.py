@@ -178,7 +178,7 @@ def test_start_is_where_it_starts():
 def test_probe_reports_and_survives_odd_features():
     train, test = blobs(400, spread=0.5)
     plain = probe(train, test)
-    assert plain["top1"] > 0.9 and plain["dim"] == 12 and plain["converged"] == 1 and plain["gradient"] <= 1e-5
+    assert plain["top1"] > 0.9 and plain["dim"] == 12 and plain["converged"] == 1
     assert plain["edge"] == float(plain["l2"] in (pytest.approx(1e-6), 1.0)) and "top5" not in plain
 
     def changed(change):
@@ -243,12 +243,16 @@ def test_held_out_part_is_stratified():
     assert not torch.equal(held, linear_probe._held_out(y, 1))
 
 
-def test_standardisation_and_crelu_of_bigbigan():
-    a = torch.tensor([[1.0], [3.0], [2.0], [6.0]])
+def test_standardisation_and_crelu_of_bigbigan(monkeypatch):
+    a, read, plain_fit = torch.tensor([[1.0], [3.0], [2.0], [6.0]]), [], linear_probe.fit
     z = linear_probe._standardiser(a)(a.clone())
     assert torch.allclose(z[:, 0], torch.tensor([-1.0690, 0, -0.5345, 1.6036]), atol=1e-4)
-    assert torch.allclose(linear_probe._crelu(z).T[0], torch.tensor([0, 0, 0, 1.6036]), atol=1e-4)
-    assert torch.allclose(linear_probe._crelu(z).T[1], torch.tensor([1.0690, 0, 0.5345, 0]), atol=1e-4)
+    monkeypatch.setattr(linear_probe, "fit", lambda x, *rest, **named: read.append(x) or plain_fit(x, *rest, **named))
+    (x, y), test = blobs(100)
+    probe((x, y), test)
+    probe((x, y), test, crelu=True)
+    plain, crelu = read[1], read[3]
+    assert torch.equal(crelu[:, :12], plain.clamp(min=0)) and torch.equal(crelu[:, 12:], (-plain).clamp(min=0))
 
 
 def test_crelu_sees_what_a_linear_probe_cannot():
@@ -270,11 +274,17 @@ def test_knn_golden(k):
     assert (labels == golden("test_y")).double().mean() == pytest.approx(GOLDEN[f"knn_k{k}_acc"])
 
 
-def test_knn_golden_votes():
-    x, test = (nn.functional.normalize(golden(name).double(), dim=1) for name in ("train_x", "test_x"))
-    votes = linear_probe._votes(x, golden("train_y"), test, 20, 0.07)
-    expected = golden("knn_k20_votes")
-    assert torch.allclose(votes / votes.sum(1, keepdim=True), expected / expected.sum(1, keepdim=True), atol=1e-6)
+def test_knn_votes_by_weight():
+    """Three near neighbours outvote a nearer one if the temperature is high, and do not if it is low."""
+    angle = torch.tensor([0.1, 0.4, 0.4, -0.4])
+    train = (
+        torch.stack([angle.cos(), angle.sin()], 1) * torch.tensor([[1.0], [5], [0.1], [2]]),
+        torch.tensor([1, 0, 0, 0]),
+    )
+    gap = float(torch.tensor(0.1).cos() - torch.tensor(0.4).cos())  # e^(gap / T) = 3 where the vote turns
+    turn = gap / np.log(3)
+    assert knn(train, torch.tensor([[7.0, 0]]), k=4, temperature=1.05 * turn).tolist() == [0]
+    assert knn(train, torch.tensor([[7.0, 0]]), k=4, temperature=0.95 * turn).tolist() == [1]
 
 
 def test_knn_with_large_k_and_small_temperature():
@@ -316,8 +326,6 @@ def test_extract_is_in_order_pooled_and_restores_modes():
     with torch.no_grad():
         expected = encoder(data.images.permute(0, 3, 1, 2).float() / 127.5 - 1).mean((2, 3))
     assert torch.allclose(x, expected, atol=1e-6) and torch.equal(y, data.labels)
-    some, labels = extract(encoder, data, rows=torch.tensor([40, 3]))
-    assert torch.allclose(some, x[[40, 3]], atol=1e-6) and torch.equal(labels, y[[40, 3]])
 
 
 def test_extract_restores_modes_after_an_error():
@@ -386,22 +394,19 @@ def test_labels_are_needed():
 # ---------------------------------------------------------------------------------------------------------- SGD probe
 
 
-def test_sgd_probe_learns_from_augmented_batches_but_not_from_the_held_out():
-    train, test = pictures(300), pictures(150, seed=1)
-    held, seen = linear_probe._held_out(train.labels, 0), []
+def test_sgd_probe_learns_from_augmented_batches_and_chooses_on_the_held_out_part():
+    train, held_out, test = pictures(300), pictures(60, seed=2), pictures(150, seed=1)
+    seen = []
 
     def encoder(x):
         seen.append(len(x))
         return x.mean((2, 3)) * torch.tensor([1.0, 100.0, 0.01])  # badly scaled
 
-    def spoiled():
-        for x, y, i in common_data.batches(train, 32, seed=0, crop=(2, 6, (0.5, 1.0), (0.75, 4 / 3), "bilinear")):
-            yield x, torch.where(held[i], (y + 1) % 3, y), i
-
-    result = sgd_probe(encoder, spoiled(), train, test, steps=60)
-    assert result["top1"] > 0.9 and result["rate"] in (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
-    assert all(n % 2 == 0 and n <= 64 for n in seen[1:61]) and sum(seen[1:61]) < 60 * 64
-    again = sgd_probe(encoder, common_data.batches(train, 32, seed=0), train, test, steps=60, rates=(0.1,))
+    crops = common_data.batches(train, 32, seed=0, crop=(2, 6, (0.5, 1.0), (0.75, 4 / 3), "bilinear"))
+    result = sgd_probe(encoder, crops, held_out, test, steps=60)
+    assert result["top1"] > 0.9 and result["rate"] in (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0) and result["dim"] == 3
+    assert seen == [60] + 60 * [64] + [150]
+    again = sgd_probe(encoder, common_data.batches(train, 32, seed=0), held_out, test, steps=60, rates=(1e-9, 0.1))
     assert again["top1"] > 0.9 and again["rate"] == 0.1
 
 
@@ -422,7 +427,7 @@ def measure():
     train, test = pictures(101), pictures(50, seed=1)  # odd: the shares are not equally long
     x, y = extract(Encoder(), train)
     result = evaluate(Encoder(), train, test, untrained=Encoder())
-    sgd = sgd_probe(Encoder(), common_data.batches(train, 32, seed=0, flip=False), train, test, steps=20)
+    sgd = sgd_probe(Encoder(), common_data.batches(train, 32, seed=0, flip=False), pictures(31, 2), test, steps=20)
     return {"x": x.tolist(), "y": y.tolist(), "result": result, "sgd": sgd}
 
 

@@ -42,7 +42,7 @@ def bigbigan(script, args):
     """One step of bigbigan.py without the frame."""
     G, E, D = script.build(args)
     rates = ((G, args.lr_g), (E, args.lr_g * args.eta), (D, args.lr_d))
-    opt_G, opt_E, opt_D = (torch.optim.Adam(n.parameters(), lr, (0.0, args.beta2), fused=True) for n, lr in rates)
+    opt_G, opt_E, opt_D = (torch.optim.Adam(n.parameters(), lr, args.betas, fused=True) for n, lr in rates)
     x = torch.randn(args.batch, 3, args.size, args.size, device=args.device).to(memory_format=torch.channels_last)
     z, noise = torch.randn(2, args.batch, args.z_dim, device=args.device)
 

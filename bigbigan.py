@@ -45,7 +45,7 @@ PAPER = dict(  # "High-res E, E learning rate x 10" (Tables 1 and 2); G, F and A
        256: ((96, 192, 384, 768, 768, 1536, 1536), 6, 1.0)},
     latent_width=2048, latent_blocks=4, latent_sn=True, encoder="resnet50", mlp_width=4096, sigma_bias=0.0,
     crop_area=0.08, crop_ratio=4 / 3,  # those of Table 3's generation runs: 0.5 and 1
-    steps=500_000, batch=2048, d_steps=2, lr_d=2e-4, lr_g=5e-5, eta=10.0, betas=(0.0, 0.999), sn_eps=1e-4,
+    steps=500_000, batch=2048, d_steps=2, reuse=False, lr_d=2e-4, lr_g=5e-5, eta=10.0, betas=(0.0, 0.999), sn_eps=1e-4,
     ema=0.9999, ema_start=1000, standing=100, log_every=100, save_every=1000,  # the average's start is not stated
     fid_features="inception", fid_samples=50_000, fid_split="test", probe_samples=0)
 SMALL = PAPER | dict(  # BigGAN's CIFAR-10 recipe with shared embedding and hierarchical z: the paper has no 32x32 model
@@ -57,12 +57,13 @@ SMALL = PAPER | dict(  # BigGAN's CIFAR-10 recipe with shared embedding and hier
 DEMO = SMALL | dict(  # five minutes on two CPU cores, found by experiment
     z_chunk=8, embed_dim=32, G={32: (64, 64, 32, 16), 64: (64, 64, 64, 32, 16)},
     F={32: ((16, 32, 64, 64), 3, 1.0), 64: ((16, 32, 64, 64, 64), 4, 1.0)}, latent_width=128, latent_blocks=2,
-    latent_sn=False, encoder="resnet10", mlp_width=256, sigma_bias=-1.0, steps=1500, batch=32, d_steps=1, lr_d=1e-3,
-    lr_g=4e-4, betas=(0.5, 0.99), ema=0.998, ema_start=200, standing=20, log_every=50, save_every=500,
+    latent_sn=False, encoder="resnet10", mlp_width=256, sigma_bias=-1.0, steps=800, batch=32, d_steps=1,
+    reuse=True,  # E and G see D's last batch again
+    lr_d=1e-3, lr_g=4e-4, betas=(0.0, 0.99), ema=0.998, ema_start=200, standing=20, log_every=50, save_every=500,
     fid_features="random", fid_samples=5000, fid_split="test", probe_samples=10_000)
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
 BACKBONES = {  # of E: kind of unit, units a stage, channels of the first stage, the stem's stride on small images
-    "resnet10": ("basic", (1, 1, 1, 1), 16, 2), "resnet18": ("basic", (2, 2, 2, 2), 64, 1),
+    "resnet10": ("basic", (1, 1, 1, 1), 32, 2), "resnet18": ("basic", (2, 2, 2, 2), 64, 1),
     "resnet50": ("bottleneck", (3, 4, 6, 3), 256, 1), "resnet50x2": ("bottleneck", (3, 4, 6, 3), 512, 1),
     "resnet101": ("bottleneck", (3, 4, 23, 3), 256, 1), "revnet50": ("reversible", (3, 4, 6, 3), 256, 1),
     "revnet50x2": ("reversible", (3, 4, 6, 3), 512, 1), "revnet50x4": ("reversible", (3, 4, 6, 3), 1024, 1),
@@ -310,6 +311,8 @@ def judge(args, D, x, z_hat, x_hat, z):
 def start(args):
     """Completes args by this process's rank, world and device (torchrun's variables) and joins the process group."""
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % (args.world * args.accumulate):
+        raise UserError(f"--batch {args.batch} does not divide by {args.world} ranks x {args.accumulate} pieces")
     if cuda := args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(args.device)
@@ -348,7 +351,10 @@ class Run:
 
     def __init__(self, args, **parts):
         self.args, self.parts, self.signals, self.file = args, parts, [], args.out / "log.jsonl"
-        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {args.out} ({error.strerror}): give another --out") from error
         state = read_checkpoint(args) or {"step": 0, "seconds": 0.0, "best": math.inf}
         for name in parts.keys() & state.keys():
             parts[name].load_state_dict(state[name])
@@ -456,15 +462,16 @@ def train(args):
         network.compile()
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16")
 
-    draws, share = args.d_steps + 1, args.batch // (args.world * args.accumulate)  # batches a step, images a piece
+    draws = args.d_steps + (not args.reuse)  # batches a step
+    share = args.batch // (args.world * args.accumulate)  # images a piece
     stream = images(args, "train", args.batch, run.step * draws, args.accumulate, args.rank, args.world)
 
-    def draw(k, piece):
-        """Images for E, for D, z, noise for E: this rank's share of piece `piece` of the step's k-th batch. Noise is
+    def draw(k):
+        """The step's k-th batch, this rank's pieces of it: images for E, the same for D, z, and noise for E. Noise is
         drawn for the whole batch and cut, so that neither ranks nor pieces change it."""
-        first = (piece * args.world + args.rank) * share
         z, noise = (prior(args, args.batch, kind, run.step * draws + k) for kind in (LATENTS, POSTERIOR))
-        return *next(stream), z[first : first + share], noise[first : first + share]
+        cuts = [slice(share * n, share * (n + 1)) for n in range(args.rank, args.world * args.accumulate, args.world)]
+        return [(*next(stream), z[cut], noise[cut]) for cut in cuts]
 
     while run.step < args.steps:
         for network in (G, E, D):
@@ -473,8 +480,8 @@ def train(args):
         for k in range(args.d_steps):  # D learns to tell (x, E(x)) from (G(z), z)
             power_iteration(G, D)
             opt_D.zero_grad()
-            for piece in range(args.accumulate):
-                x, seen, z, noise = draw(k, piece)
+            pieces = draw(k)
+            for x, seen, z, noise in pieces:
                 with autocast:
                     with torch.no_grad():
                         x_hat, z_hat = G(z), posterior(args, E, x, noise)
@@ -487,8 +494,7 @@ def train(args):
         power_iteration(G, D)
         opt_G.zero_grad()
         opt_E.zero_grad()
-        for piece in range(args.accumulate):  # E and G learn to make the two alike
-            x, seen, z, noise = draw(args.d_steps, piece)
+        for x, seen, z, noise in pieces if args.reuse else draw(args.d_steps):  # E and G learn to make the two alike
             with autocast:
                 x_hat, z_hat = G(z), posterior(args, E, x, noise)
                 real, fake = judge(args, D, seen, z_hat, x_hat, z)
@@ -634,6 +640,7 @@ def parse():
     add("--best", action="store_true", help="sample and evaluate best.pt, not checkpoint.pt")
     add("--fid-weights", help="file of the Inception weights; else they are fetched")
     add("--skip-broken", action="store_true", help="do without images that cannot be read")
+    add("--reuse", action=argparse.BooleanOptionalAction, help="E and G see D's last batch again, not a new one")
     add("--scores", nargs="+", default=["x", "z", "xz"], choices=("x", "z", "xz"), help="ablation: scores in use")
     add("--prior", default="normal", choices=("normal", "uniform"), help="ablation: P(z); uniform has E = tanh(mu)")
     add("--deterministic", action="store_true", help="ablation: E without noise")
@@ -648,6 +655,8 @@ def parse():
     for name in ("steps", "batch", "accumulate", "d_steps", "log_every", "save_every", "fid_samples"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: must be at least 0")
     if args.size not in args.G or args.encoder_size < 1 or args.encoder_size % args.size:
         raise UserError(f"--size is one of {[*args.G]} with --preset {preset}, and --encoder-size a multiple of it")
     args.z_dim = args.z_chunk * len(args.G[args.size])

@@ -311,8 +311,11 @@ def judge(args, D, x, z_hat, x_hat, z):
 def start(args):
     """Completes args by this process's rank, world and device (torchrun's variables) and joins the process group."""
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch % (args.world * args.accumulate):
-        raise UserError(f"--batch {args.batch} does not divide by {args.world} ranks x {args.accumulate} pieces")
+    if args.batch % (cuts := args.world * args.accumulate):
+        near = max(1, round(args.batch / cuts)) * cuts
+        raise UserError(
+            f"--batch {args.batch} does not divide by {args.world} ranks x {args.accumulate} pieces: {near}"
+        )
     if cuda := args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(args.device)

@@ -634,7 +634,7 @@ def test_a_step(train):
 def test_a_batch_is_used_again(train):
     """With --reuse E and G see D's last batch, and the next step another."""
     _, _, _, judged = train("--d-steps", 1, "--reuse", "--steps", 2)
-    (first, _), (again, _), (second, _), _ = judged
+    first, again, second = (x for x, _ in judged[:3])
     assert torch.equal(first[:8], again[:8]) and not torch.equal(first[:8], second[:8])
 
 
@@ -806,4 +806,4 @@ def test_it_learns(monkeypatch, tmp_path, root, one_thread):
     before, after, ratio = accuracy(untrained), accuracy(E.trunk), float(miss / other)
     print(f"reconstruction error ratio {ratio:.3f}, probe {before:.3f} -> {after:.3f} after {STEPS} steps")
     assert ratio < 0.9, f"reconstructions are no nearer to their images than to others: {ratio:.3f}"
-    assert after > before, f"E has learnt nothing: probe {before:.3f} -> {after:.3f}"
+    assert after > before + 0.03, f"E has learnt nothing: probe {before:.3f} -> {after:.3f}"

@@ -581,16 +581,19 @@ def evaluate(args):
     metrics |= {"images": state["step"] * args.batch, "seconds": round(state["seconds"], 1)}
     metrics["parameters"] = {k: sum(p.numel() for p in n.parameters()) for k, n in zip("GED", untrained, strict=True)}
     metrics["reconstruction_error_ratio"] = float(miss / other)  # of x from G(E(x)), over that from G(E(another x))
-    train, test = (load(args.data, s, args.encoder_size, args.root, args.skip_broken) for s in ("train", "test"))
-    if train.labels is not None:
+
+    def probe():  # AvePool, and BN + CReLU of it
+        train, test = (load(args.data, s, args.encoder_size, args.root, args.skip_broken) for s in ("train", "test"))
         n = args.probe_samples or len(train)
-        probed = (E.trunk, train.take(n), test.take(n // 2), untrained[1].trunk, args.device)
-        metrics |= linear_probe.evaluate(*probed, crelu=True)  # AvePool, and BN + CReLU of it
-    try:
-        metrics |= judge_samples(args, G)
-    except UserError as error:  # no Inception weights here: the run keeps the rest
-        flags = " ".join(word for word in sys.argv[1:] if word not in ("train", "eval"))
-        print(f"{SCRIPT}.py: no FID: {error}; then: python {sys.argv[0]} eval {flags}", file=sys.stderr)
+        data = (train.take(n), test.take(n // 2))
+        return linear_probe.evaluate(E.trunk, *data, untrained[1].trunk, args.device, crelu=True)
+
+    for measure in (probe, lambda: judge_samples(args, G)):
+        try:
+            metrics |= measure()
+        except UserError as error:  # no labels, no Inception weights, no room for a cache: the run keeps the rest
+            flags = " ".join(word for word in sys.argv[1:] if word not in ("train", "eval"))
+            print(f"{SCRIPT}.py: not measured: {error}; then: python {sys.argv[0]} eval {flags}", file=sys.stderr)
     if args.rank == 0:
         (args.out / "metrics.json.tmp").write_text(json.dumps(metrics, indent=1) + "\n")
         os.replace(args.out / "metrics.json.tmp", args.out / "metrics.json")

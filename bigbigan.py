@@ -370,8 +370,9 @@ class Run:
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if self.signals and time.time() > self.told + 1:
+            sys.exit(128 + number)  # a second one, unless it is the first one's echo, ends the process at once
+        self.signals, self.told = [*self.signals, number], time.time()
 
     def every(self, steps):
         return steps > 0 and (self.step % steps == 0 or self.step == self.args.steps)

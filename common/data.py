@@ -18,8 +18,9 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -68,15 +69,6 @@ class Data:
     def __len__(self):
         return len(self.files if self.images is None else self.images)
 
-    def take(self, n):
-        """n pictures from all over the set, the same whenever it is asked; the whole set where n >= len(self)."""
-        if n >= len(self):
-            return self
-        rows = np.random.default_rng(0).permutation(len(self))[:n]
-        columns = {"images": self.images, "labels": self.labels, "factors": self.factors, "files": self.files}
-        taken = {name: column[rows] for name, column in columns.items() if column is not None}
-        return replace(self, **taken, key=digest(self.key, n))
-
     def require_labels(self):
         """The labels, int64 [N]; UserError where pictures have none."""
         if self.labels is None or self.labels.min() < 0:
@@ -84,27 +76,35 @@ class Data:
         return self.labels
 
 
-def load(name, split="train", size=32, root="data", skip_broken=False):
-    """Read one of NAMES, or a folder of pictures, as uint8 pictures [N, size, size, 3].
+def load(name, split="train", size=32, root="data", skip_broken=False, rows=slice(None)):
+    """Read one of NAMES, or a folder of pictures, as uint8 pictures [N, size, size, 3]; UserError where it cannot.
 
     size         in pixels: the largest centre square (celeba: 148 x 148), by Pillow's antialiased bicubic filter.
                  None: as published, or, of pictures in files, only their paths, for batches(crop=...)
     root         folder of the published files, in torchvision's layouts; root/cache is filled as needed
     skip_broken  leave out the files that cannot be decoded, saying how many, instead of refusing the set
+    rows         slice(1000): a thousand pictures from all over the set, the same whenever asked; slice(1000, None): the
+                 rest. A slice that covers the whole set leaves it in its published order.
     """
-    root = Path(root)
+    root, drawn = Path(root), {"shapes": load_shapes, "dsprites": load_dsprites}
     if split not in ("train", "test"):
         raise UserError(f"there is no split {split!r}: choose train or test")
     if size is not None and size < 1:
         raise UserError(f"size {size} is not possible: give the pictures' side in pixels, 1 or more")
     try:
-        if name in ("shapes", "dsprites"):
-            return load_shapes(split, size or 32, root) if name == "shapes" else load_dsprites(split, size or 64, root)
-        if name in PUBLISHED:
-            return load_published(name, split, size, root)
-        return load_files(name, split, size, root, skip_broken)
+        if name not in drawn and name not in PUBLISHED:
+            return load_files(name, split, size, root, skip_broken, rows)
+        whole = drawn.get(name, load_published)(name, split, size, root)
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {name}, or write to {root}/cache ({error}): mend it or change --root") from error
+    chosen = permutation(len(whole), 0)[rows]
+    if len(chosen) == len(whole):
+        return whole
+    if not len(chosen):
+        raise UserError(f"{rows} picks none of the {len(whole)} pictures of {name}")
+    factors = None if whole.factors is None else whole.factors[chosen]
+    kept = {"images": whole.images[chosen], "labels": whole.labels[chosen], "factors": factors}
+    return replace(whole, **kept, key=digest(whole.key, chosen.tolist()))
 
 
 def load_published(name, split, size, root):
@@ -124,19 +124,17 @@ def load_published(name, split, size, root):
     images = torch.as_tensor(source.data)
     key = digest(FORMAT, name, split, size, hashlib.sha256(np.ascontiguousarray(images)).digest())
     if name.endswith("mnist"):
-        images = F.pad(images, (2, 2, 2, 2))[..., None].expand(-1, -1, -1, 3)  # padded: strokes stay exact
-    elif name == "stl10":
-        images = images.permute(0, 2, 3, 1)
-    images = resize(images, size or images.shape[1]).contiguous()
+        images = F.pad(images, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1)  # padded: strokes stay exact
+    elif name != "stl10":
+        images = images.permute(0, 3, 1, 2)
+    size = size or images.shape[2]
+    images = resize(images, (size, size)).permute(0, 2, 3, 1).contiguous()
     labels = torch.as_tensor(source.labels if name == "stl10" else source.targets).long()
-    known = {"labels": labels, "classes": list(source.classes), "flip": name != "mnist"}
-    return Data(name, split, images.shape[1], images, key, root / "cache", **known)
+    return Data(name, split, size, images, key, root / "cache", labels, list(source.classes), flip=name != "mnist")
 
 
-def load_files(name, split, size, root, skip_broken):
-    place, files, labels, classes = find_pictures(name, split, root)
-    if not files:
-        raise UserError(f"{place} holds no pictures for a {split} split: looked for {' '.join(SUFFIXES)}")
+def load_files(name, split, size, root, skip_broken, rows):
+    place, files, labels, classes = find_pictures(name, split, root, rows)
     timed = files if len(files) <= 200_000 else []  # asking for more takes minutes on a network disk
     stamps = [(status.st_size, status.st_mtime_ns) for status in (os.stat(place / file) for file in timed)]
     key = digest(FORMAT, name if name in NAMES else "folder", str(place.resolve()), size, files, stamps)
@@ -155,51 +153,50 @@ def load_files(name, split, size, root, skip_broken):
     if broken and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{name} {split}: left out {len(broken)} broken pictures of {len(files)}", file=sys.stderr)
     kept = [row for row in range(len(files)) if row not in broken]
-    known = {} if labels is None else {"labels": labels[kept], "classes": classes}
-    known["files"] = np.array([f"{place}/{files[row]}" for row in kept], dtype=object)
-    return Data(name, split, size, images if size else None, key, root / "cache", **known)
+    paths = np.array([f"{place}/{files[row]}" for row in kept], dtype=object)
+    labels = labels if labels is None else labels[kept]
+    return Data(name, split, size, images if size else None, key, root / "cache", labels, classes, files=paths)
 
 
-def find_pictures(name, split, root):
-    """A split's folder, the relative paths of its pictures in the same order on every machine, labels, and classes.
-
-    A folder has train/ and the first of val/, valid/, test/, or else a hash of the names holds out a tenth for test.
-    """
-    folder = Path({"celeba": root / "celeba/img_align_celeba", "imagenet": root / "imagenet"}.get(name, name))
-    if name == "imagenet" and not folder.is_dir():
-        folder = root
+def find_pictures(name, split, root, rows):
+    """A split's folder, the paths in it of the chosen pictures, the same on every machine, labels, and classes."""
+    imagenet = root / "imagenet" if (root / "imagenet").is_dir() else root
+    folder = Path({"celeba": root / "celeba/img_align_celeba", "imagenet": imagenet}.get(name, name))
     train = folder / "train" if (folder / "train").is_dir() else folder
     if not folder.is_dir() or (name == "imagenet" and train == folder):
         known = f"{', '.join(NAMES)}, or a folder (--root holds celeba/img_align_celeba/ and imagenet/train/WNID/)"
         raise UserError(f"{name} is not there: {folder} is no folder of pictures; choose one of {known}")
     tests = [folder / part for part in ("val", "valid", "test") if train != folder and (folder / part).is_dir()]
     place = tests[0] if tests and split == "test" else train
-    classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir() and not entry.name.startswith(HIDDEN))
-    files, labels = [], None
-    for below, _, names in os.walk(place, followlinks=True):
-        files += [os.path.join(below, name).removeprefix(f"{place}/") for name in names]
-    hidden = lambda file: any(part.startswith(HIDDEN) for part in file.split("/"))
-    files = sorted(file for file in files if file.lower().endswith(SUFFIXES) and not hidden(file))
-    if len(classes) > 1 and files and all("/" in file for file in files):
+    folders = sorted(entry.name for entry in os.scandir(train) if entry.is_dir() and not entry.name.startswith(HIDDEN))
+    files = [os.path.join(below, name) for below, _, names in os.walk(place, followlinks=True) for name in names]
+    files = sorted(file.removeprefix(f"{place}/") for file in files if file.lower().endswith(SUFFIXES))
+    files = [file for file in files if not any(part.startswith(HIDDEN) for part in file.split("/"))]
+    labels = classes = None
+    if len(folders) > 1 and files and all("/" in file for file in files):
         owners = [file.split("/")[0] for file in files]
-        if odd := set(owners) ^ set(classes) if place == train else set(owners) - set(classes):
+        if odd := set(owners) ^ set(folders) if place == train else set(owners) - set(folders):
             raise UserError(f"{place / min(odd)} holds no picture, or is not a class of {train}: remove that folder")
-        labels = torch.from_numpy(np.searchsorted(classes, owners))
-    rows, partition = range(len(files)), folder.parent / "list_eval_partition.txt"
+        labels, classes = torch.from_numpy(np.searchsorted(folders, owners)), folders
+    mine, partition = range(len(files)), folder.parent / "list_eval_partition.txt"
     if name == "celeba" and partition.exists():
         part = dict(line.split() for line in partition.read_text().splitlines())
-        rows = [row for row in rows if part[files[row]] == ("2" if split == "test" else "0")]
-    elif not tests:
-        order, tenth = sorted(rows, key=lambda row: digest(files[row])), math.ceil(len(files) / 10)
-        rows = sorted(order[:tenth] if split == "test" else order[tenth:])
-    return place, [files[row] for row in rows], labels if labels is None else labels[rows], classes
+        mine = [row for row in mine if part[files[row]] == ("2" if split == "test" else "0")]
+    elif not tests:  # a hash of the names holds out a tenth
+        order, tenth = sorted(mine, key=lambda row: digest(files[row])), math.ceil(len(files) / 10)
+        mine = sorted(order[:tenth] if split == "test" else order[tenth:])
+    chosen = permutation(len(mine), 0)[rows]
+    if not len(chosen):
+        raise UserError(f"{place} holds no pictures for a {split} split, or this part: looked for {' '.join(SUFFIXES)}")
+    mine = [mine[row] for row in chosen] if len(chosen) < len(mine) else list(mine)
+    return place, [files[row] for row in mine], labels if labels is None else labels[mine], classes
 
 
 def cut(path, boxes, size, filter, turn, draft=False):
     """Parts of a picture file, resized: uint8 [views, size, size, 3]; or, as a str, why it cannot be read.
 
-    boxes maps (height, width) to the parts (top, left, height, width), [views, 4]. turn obeys the EXIF tag, unusual for
-    the named sets. draft lets libjpeg decode at 1/2, 1/4 or 1/8, if that leaves twice the final size to the filter.
+    boxes maps (height, width) to the parts (top, left, height, width), [views, 4]; turn obeys the EXIF tag; draft lets
+    libjpeg decode at 1/2, 1/4 or 1/8, if that leaves twice the final size to the filter.
     """
     try:
         with Image.open(path) as picture:
@@ -229,44 +226,46 @@ def cut(path, boxes, size, filter, turn, draft=False):
 def pack(title, path, shape, count, work, items):
     """uint8 [N, *shape], memory-mapped from a cache file, and which items are broken: {number: why}.
 
-    The first call writes it, in parallel: work(item) -> uint8 [m, *shape], or a str that says why not; `count` rows in
-    all. The file gets its name when it is whole, so a kill leaves no half cache.
+    Where there is no whole cache it is written, in parallel, and named when it is done, so that a kill leaves no half
+    one: work(item) -> uint8 [m, *shape], or a str that says why not; `count` rows in all.
     """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{path}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait; the system frees it when its holder dies
-            if not path.exists():
-                write_pack(title, path, shape, count, work, items)
-    broken = dict(json.loads(Path(f"{path}.json").read_text()))
-    pixels = np.memmap(path, np.uint8, "c", shape=(count - len(broken), *shape))
-    return torch.from_numpy(pixels), broken
 
+    def cached():
+        broken = dict(json.loads(Path(f"{path}.json").read_text()))
+        pixels = np.memmap(path, np.uint8, "c").reshape(count - len(broken), *shape)  # ValueError: it was cut short
+        return torch.from_numpy(pixels), broken
 
-def write_pack(title, path, shape, count, work, items):
-    need, free = count * math.prod(shape) / 1e9, shutil.disk_usage(path.parent).free / 1e9
-    if need > free:
-        raise UserError(f"packing {title} takes {need:.1f} GB, {path.parent} has {free:.1f}: choose another --root")
+    with suppress(FileNotFoundError, ValueError):
+        return cached()
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary, broken, told = Path(f"{path}.tmp"), [], time.monotonic()
-    try:
-        with open(temporary, "wb") as pixels:
-            for number, rows in enumerate(ahead(work, items, THREADS)):
-                if isinstance(rows, str):
-                    broken.append((number, rows))
-                else:
-                    pixels.write(np.ascontiguousarray(rows))
-                done = pixels.tell() // math.prod(shape) + len(broken)
-                if time.monotonic() - told > 10 or done == count:
-                    told, end = time.monotonic(), "\r" if sys.stderr.isatty() and done < count else "\n"
-                    print(f"packing {title}: {done:,} of {count:,}", end=end, file=sys.stderr)
-            if len(broken) == count:
-                raise UserError(f"{title}: none of {count} pictures can be read ({broken[0][1]})")
-            pixels.flush()
-            os.fsync(pixels.fileno())
-        Path(f"{path}.json").write_text(json.dumps(broken))
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait; the system frees it when its holder dies
+        with suppress(FileNotFoundError, ValueError):
+            return cached()
+        need, free = count * math.prod(shape) / 1e9, shutil.disk_usage(path.parent).free / 1e9
+        if need > free:
+            raise UserError(f"packing {title} takes {need:.1f} GB, {path.parent} has {free:.1f}: choose another --root")
+        try:
+            with open(temporary, "wb") as pixels:
+                for number, rows in enumerate(ahead(work, items, THREADS)):
+                    if isinstance(rows, str):
+                        broken.append((number, rows))
+                    else:
+                        pixels.write(np.ascontiguousarray(rows))
+                    done = pixels.tell() // math.prod(shape) + len(broken)
+                    if time.monotonic() - told > 10 or done == count:
+                        told, end = time.monotonic(), "\r" if sys.stderr.isatty() and done < count else "\n"
+                        print(f"packing {title}: {done:,} of {count:,}", end=end, file=sys.stderr)
+                if len(broken) == count:
+                    raise UserError(f"{title}: none of {count} pictures can be read ({broken[0][1]})")
+                pixels.flush()
+                os.fsync(pixels.fileno())
+            Path(f"{path}.json").write_text(json.dumps(broken))
+            temporary.rename(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return cached()
 
 
 def ahead(work, items, threads):
@@ -280,16 +279,11 @@ def ahead(work, items, threads):
         yield from (task.result() for task in pending)
 
 
-def resize(images, size):
-    """uint8 [N, H, H, C] -> [N, size, size, C], within one level of Pillow's antialiased bicubic filter."""
-    if images.shape[1] == size:
-        return images
-    return F.interpolate(images.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
-
-
 def digest(*values):
     return hashlib.sha256(repr(values).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
+
+resize = partial(F.interpolate, mode="bicubic", antialias=True)  # of uint8: within one level of Pillow's result
 
 # shapes: one light and one dark colour a picture; which of the two is the ground is a coin's toss, so that neither a
 # colour nor a pixel's brightness tells the class. Shapes are signed distances, negative inside, with y upwards.
@@ -300,20 +294,17 @@ box = lambda x, y, width, height: overlap(x.abs() - width, y.abs() - height)
 
 
 def edge_lines(x, y, corners):
-    """Largest and second largest distance to the edge lines of a polygon: negative in it, and in the star around it."""
-    first = second = torch.full_like(x, -9.0)
-    for angle in (np.arange(corners) + 0.5) * 2 * np.pi / corners:
-        line = x * np.sin(angle) + y * np.cos(angle) - np.cos(np.pi / corners)
-        first, second = torch.maximum(first, line), torch.maximum(second, torch.minimum(first, line))
-    return first, second
+    """Sorted distances to a polygon's edge lines: the largest is negative inside, the second in the star around it."""
+    angles = (np.arange(corners) + 0.5) * 2 * np.pi / corners
+    return torch.stack([x * np.sin(a) + y * np.cos(a) - np.cos(np.pi / corners) for a in angles]).sort(0).values
 
 
 SHAPES = {  # each is its own mirror image, so that flipping a picture does not leave the data set
     "circle": lambda x, y: circle(x, y, 0.9),
     "square": lambda x, y: box(x, y, 0.76, 0.76),
-    "triangle": lambda x, y: edge_lines(x / 1.15, (y + 0.15) / 1.15, 3)[0] * 1.15,
-    "pentagon": lambda x, y: edge_lines(x, y, 5)[0],
-    "star": lambda x, y: edge_lines(x / 0.4, y / 0.4, 5)[1] * 0.4,
+    "triangle": lambda x, y: edge_lines(x / 1.15, (y + 0.15) / 1.15, 3)[-1] * 1.15,
+    "pentagon": lambda x, y: edge_lines(x, y, 5)[-1],
+    "star": lambda x, y: edge_lines(x / 0.4, y / 0.4, 5)[-2] * 0.4,
     "heart": lambda x, y: union((x.abs() + y.abs()) * 0.707 - 0.55, circle(x.abs() - 0.39, y - 0.39, 0.55)),
     "cross": lambda x, y: union(box(x, y, 0.3, 0.9), box(x, y, 0.9, 0.3)),
     "ring": lambda x, y: circle(x, y, 0.7).abs() - 0.22,
@@ -339,31 +330,28 @@ def render_shapes(labels, factors, size):
     return (ground + cover * (front - ground)).round().byte()
 
 
-def load_shapes(split, size, root):
+def load_shapes(name, split, size, root):
     """Ten balanced classes; the same pictures on every machine."""
-    count = {"train": 50_000, "test": 10_000}[split]
+    count, size = {"train": 50_000, "test": 10_000}[split], size or 32
     random = np.random.RandomState([0, split == "test"])  # the generator whose stream NumPy promises to keep
     labels = random.permutation(count) % len(SHAPES)
     dark = 3 * random.randint(2, size=count)
     front, back = random.randint(3, size=count) + dark, random.randint(3, size=count) + 3 - dark
     gradient, rotation = random.uniform(-np.pi, np.pi, count), random.uniform(-np.pi / 9, np.pi / 9, count)
-    scale, (right, up) = random.uniform(0.7, 0.85, count), random.uniform(-0.1, 0.1, (2, count))
-    labels, factors = torch.from_numpy(labels), [front, back, gradient, scale, rotation, right, up]
-    factors = torch.from_numpy(np.stack(factors, axis=1).astype(np.float32))  # [N, 7]
+    scale, (right, up) = random.uniform(0.5, 0.85, count), random.uniform(-0.2, 0.2, (2, count))
+    factors = np.stack([front, back, gradient, scale, rotation, right, up], axis=1).astype(np.float32)
+    labels, factors = torch.from_numpy(labels), torch.from_numpy(factors)
     render = lambda rows: render_shapes(labels[rows], factors[rows], size).numpy()
-    blocks = torch.arange(len(labels)).split(max(1, 2**18 // size**2))
-    key = digest("shapes", split, size, factors.numpy().tobytes(), render(slice(50)).tobytes())
-    images, _ = pack(f"shapes {split}", root / "cache" / f"{key}.u8", (size, size, 3), len(labels), render, blocks)
-    return Data("shapes", split, size, images, key, root / "cache", labels, list(SHAPES), factors)
+    key = digest(name, split, size, factors.numpy().tobytes(), render(slice(50)).tobytes())
+    blocks = torch.arange(count).split(max(1, 2**18 // size**2))
+    images, _ = pack(f"{name} {split}", root / "cache" / f"{key}.u8", (size, size, 3), count, render, blocks)
+    return Data(name, split, size, images, key, root / "cache", labels, list(SHAPES), factors)
 
 
 DSPRITES = (1, 3, 6, 40, 32, 32)  # colours, shapes, scales, orientations, x, y: the order of the published pictures
-HEART = np.array(  # right half of the outline, from the notch to the widest point and on to the tip: (u, v) in pixels
-    [[0, 0.2, 0.6, 1.4, 2.3, 3.3, 4.4, 5.4, 6.3, 7.2, 7.9, 8.7, 9.2, 9.4, 9.7, 9.6, 9.4, 9.1, 8.6, 8.1, 7.7, 7.1, 6.7,
-      6.2, 5.9, 5.3, 4.6, 3.9, 3, 2.2, 1.8, 1.3, 0.7, 0],
-     [5, 5.7, 6.7, 7.9, 8.6, 9.1, 9.4, 9.3, 9, 8.6, 7.9, 7.3, 6.4, 5.4, 4.5, 3.5, 2.5, 1.6, 0.8, 0, -0.7, -1.3, -1.8,
-      -2.2, -2.7, -3.1, -3.8, -4.6, -5.3, -6.1, -6.6, -7.2, -8, -9.6]]
-)  # fmt: skip
+# The heart's outline, right of the middle, above and below its widest point: u and v in pixels.
+HEART_TOP = [0, 0.6, 1.4, 2.3, 4.4, 5.4, 7.2, 8.7, 9.7], [5, 6.7, 7.9, 8.6, 9.4, 9.3, 8.6, 7.3, 4.5]
+HEART_TIP = [0, 0.7, 2.2, 3.9, 6.2, 7.7, 9.1, 9.4, 9.7], [-9.6, -8, -6.1, -4.6, -2.2, -0.7, 1.6, 2.5, 4.5]
 
 
 def draw_dsprites(rows):
@@ -374,45 +362,41 @@ def draw_dsprites(rows):
     right, up = (pixel - 16 - 32 * x / 31) / scale, (16 + 32 * y / 31 - pixel[:, None]) / scale
     u, v = np.abs(np.cos(angle) * right + np.sin(angle) * up), np.cos(angle) * up - np.sin(angle) * right
     inside = np.where(shape == 0, np.maximum(u, np.abs(v)) <= 9.6, (u / 12.8) ** 2 + (v / 7.2) ** 2 <= 1)
-    heart = (u <= 9.7) & (np.interp(u, *HEART[:, :14:-1]) <= v) & (v <= np.interp(u, *HEART[:, :15]))
+    heart = (u <= 9.7) & (np.interp(u, *HEART_TIP) <= v) & (v <= np.interp(u, *HEART_TOP))
     return np.where(shape == 2, heart, inside).astype(np.uint8)
 
 
-def load_dsprites(split, size, root):
+def load_dsprites(name, split, size, root):
     """All 737,280 pictures, whatever the split: from the published file where it is there, else drawn."""
-    source, count = root / "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz", math.prod(DSPRITES)
-    key = digest(FORMAT, "dsprites", size, source.stat().st_mtime_ns if source.exists() else "drawn")
+    source, count, size = root / "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz", math.prod(DSPRITES), size or 64
+    published = source.exists()
+    key = digest(FORMAT, name, size, source.stat().st_mtime_ns if published else (HEART_TOP, HEART_TIP))
 
     def blocks():  # [512, 64, 64]
         with zipfile.ZipFile(source) as file:
             yield from np.load(file.open("imgs.npy")).reshape(-1, 512, 64, 64)
 
     def work(block):
-        pictures = block if source.exists() else draw_dsprites(block)
-        return resize(255 * torch.from_numpy(pictures)[..., None], size).numpy()
+        pictures = torch.from_numpy(block if published else draw_dsprites(block))
+        return resize(255 * pictures[:, None], (size, size)).numpy()
 
-    items = blocks() if source.exists() else np.arange(count).reshape(-1, 512)
-    images, _ = pack("dsprites", root / "cache" / f"{key}.u8", (size, size, 1), count, work, items)
+    items = blocks() if published else np.arange(count).reshape(-1, 512)
+    images, _ = pack(name, root / "cache" / f"{key}.u8", (size, size, 1), count, work, items)
     factors = torch.from_numpy(np.stack(np.unravel_index(np.arange(count), DSPRITES), 1))
     known = {"labels": factors[:, 1], "classes": ["square", "ellipse", "heart"], "factors": factors, "flip": False}
-    return Data("dsprites", split, size, images.expand(-1, -1, -1, 3), key, root / "cache", **known)
+    return Data(name, split, size, images.expand(-1, -1, -1, 3), key, root / "cache", **known)
 
 
 permutation = lru_cache(maxsize=4)(lambda n, *key: np.random.default_rng(key).permutation(n))
 
 
 def indices(n, batch, step, seed, rank=0, world=1, piece=0, pieces=1):
-    """Which of n pictures a rank sees in one piece of a step: int64 [batch / (world * pieces)].
-
-    The global batches, joined, are one permutation after the other; each is cut into slices, those of piece 0 first.
-    """
+    """Which of n pictures a rank sees in one piece of a step: int64 [batch / (world * pieces)]."""
+    # The global batches, joined, are one permutation after the other; each is cut into slices, those of piece 0 first.
     m = batch // (world * pieces)
-    position = step * batch + (piece * world + rank) * m + np.arange(m)
-    epoch, slot = np.divmod(position, n)
-    chosen = np.empty(m, dtype=np.int64)
-    for e in np.unique(epoch):
-        chosen[epoch == e] = permutation(n, seed, 0x5EED, int(e))[slot[epoch == e]]
-    return chosen
+    first = step * batch + (piece * world + rank) * m
+    epochs = range(first // n, (first + m - 1) // n + 1)
+    return np.concatenate([permutation(n, seed, 0x5EED, e)[max(0, first - e * n) : first + m - e * n] for e in epochs])
 
 
 def uniforms(batch, k, step, seed, stream, rank=0, world=1, piece=0, pieces=1):
@@ -423,8 +407,8 @@ def uniforms(batch, k, step, seed, stream, rank=0, world=1, piece=0, pieces=1):
 
 def generator(seed, stream, step, device="cpu"):
     """A fresh torch.Generator for noise. Draw for the global batch, then slice; CUDA draws differ from the CPU's."""
-    packed = b"".join(int(number).to_bytes(8, "little", signed=True) for number in (seed, stream, step))
-    key = int.from_bytes(hashlib.sha256(packed).digest()[:8], "little") & (2**63 - 1)  # a sum would make seeds overlap
+    hashed = hashlib.sha256(np.array([seed, stream, step], "<i8")).digest()  # a sum would make seeds overlap
+    key = int.from_bytes(hashed[:8], "little") & (2**63 - 1)
     return torch.Generator(device).manual_seed(key)
 
 
@@ -448,12 +432,12 @@ def batches(data, batch, seed, start=0, pieces=1, flip=True, crop=None, device="
     if data.images is None and crop is None:
         raise UserError(f"{data.name} was loaded without a size: give one, or ask for crops")
     views, side, scale, ratio, filter = crop or (1, None, None, None, None)
-    device = torch.device(device)
+    device, flips = torch.device(device), flip and data.flip
     cuda, images, labels = device.type == "cuda", data.images, None if data.labels is None else data.labels.to(device)
     room = torch.cuda.get_device_properties(device).total_memory // 4 if cuda else RESIDENT
     resident = images is not None and images.numel() <= room
     images = images.to(device) if resident else images
-    pin = lambda part: part.pin_memory() if cuda else part  # then it is copied without waiting for the device
+    pin = lambda part: part.pin_memory() if cuda and not part.is_cuda else part  # to be copied without waiting
 
     def decode(request):
         path, u = request
@@ -469,10 +453,8 @@ def batches(data, batch, seed, start=0, pieces=1, flip=True, crop=None, device="
         i = pin(torch.from_numpy(indices(len(data), batch, step, seed, *share)))
         u = [uniforms(batch, DRAWS if crop else 1, step, seed, VIEW + view, *share) for view in range(views)]
         u = pin(torch.from_numpy(np.stack(u, 1)))
-        if resident:
-            return i, u, images.index_select(0, i.to(device, non_blocking=True))
         if images is not None:
-            return i, u, pin(images.index_select(0, i))
+            return i, u, pin(images.index_select(0, i.to(images.device, non_blocking=True)))
         crops = list(ahead(decode, zip(data.files[i.numpy()], u, strict=True), THREADS))
         return i, u, pin(torch.from_numpy(np.stack(crops)))
 
@@ -480,14 +462,14 @@ def batches(data, batch, seed, start=0, pieces=1, flip=True, crop=None, device="
         numbers = itertools.count(start * pieces)
         for item in map(fetch, numbers) if resident else ahead(fetch, numbers, 1):
             i, u, x = (part.to(device, non_blocking=True) for part in item)
-            mirror = (u[..., -1] < 0.5) & flip & data.flip  # [m, views]
+            mirror = (u[..., -1] < 0.5) & flips  # [m, views]
             if crop and images is not None:
                 x = (x.movedim(-1, -3) / 127.5 - 1).repeat_interleave(views, 0)  # [m * views, 3, S, S]
                 box = crop_boxes(u.flatten(0, 1), *x.shape[2:], scale, ratio)
                 x = resized_crop(x, box, side, filter, mirror.flatten()).clamp_(-1, 1)
                 x = x.contiguous(memory_format=torch.channels_last).unflatten(0, (-1, views))
             else:
-                x = torch.where(mirror.reshape(*x.shape[:-3], 1, 1, 1), x.flip(-2), x)
+                x = torch.where(mirror.reshape(*x.shape[:-3], 1, 1, 1), x.flip(-2), x) if flips else x
                 x = x.movedim(-1, -3).float().div_(127.5).sub_(1)  # the same order in memory: channels_last
             yield x, None if labels is None else labels.index_select(0, i), i
 
@@ -499,14 +481,14 @@ def crop_boxes(u, height, width, scale, ratio):
     u = u.double()
     area = height * width * (scale[0] + u[:, :10] * (scale[1] - scale[0]))  # ten tries a picture
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** u[:, 10:20]
-    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    limit = min(max(width / height, ratio[0]), ratio[1])  # the last try: the largest centre crop of allowed aspect
+    w = F.pad((area * aspect).sqrt().round(), (0, 1), value=min(width, round(height * limit)))
+    h = F.pad((area / aspect).sqrt().round(), (0, 1), value=min(height, round(width / limit)))
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first, none = fits.int().argmax(1, keepdim=True), ~fits.any(1)
-    aspect = min(max(width / height, ratio[0]), ratio[1])  # where none fits: the largest centre crop of allowed aspect
-    w = torch.where(none, min(width, round(height * aspect)), w.gather(1, first)[:, 0])
-    h = torch.where(none, min(height, round(width / aspect)), h.gather(1, first)[:, 0])
-    top = torch.where(none, (height - h) // 2, (u[:, 20] * (height - h + 1)).floor())
-    left = torch.where(none, (width - w) // 2, (u[:, 21] * (width - w + 1)).floor())
+    first = fits.int().argmax(1, keepdim=True)
+    w, h, last = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], first[:, 0] == 10
+    top = torch.where(last, (height - h) // 2, (u[:, 20] * (height - h + 1)).floor())
+    left = torch.where(last, (width - w) // 2, (u[:, 21] * (width - w + 1)).floor())
     return torch.stack([top, left, h, w], 1).long()
 
 

@@ -1,9 +1,8 @@
 """How good are the samples?  The Fréchet distance and its sisters, from one pass over the pictures.
 
-FID (Heusel et al. 2017, 1706.08500), Inception Score (Salimans et al. 2016, 1606.03498), KID (Bińkowski et al. 2018,
-1801.01401), precision and recall (Kynkäänniemi et al. 2019, 1904.06991), density and coverage (Naeem et al. 2020,
-2002.09797). Without Inception's weights: `fd_random`, in features of a fixed random network, which see layout, colour,
-texture and diversity but no semantics. It is NOT FID, and compares only on one data set at one size.
+FID (arXiv 1706.08500), Inception Score (1606.03498), KID (1801.01401), precision, recall (1904.06991), density and
+coverage (2002.09797). Without Inception's weights: `fd_random`, in features of a fixed random network, which see
+layout, colour, texture and diversity but no semantics. It is NOT FID, and compares only on one data set at one size.
 """
 
 import math
@@ -30,29 +29,32 @@ UNLIKE_IMAGENET = ("shapes", "dsprites", "mnist", "fashion_mnist", "celeba")  # 
 
 
 @contextmanager
-def _exact(device):
-    """Plain float32: no autocast, and no TF32 in convolutions (matrix products here are float64, out of its reach)."""
-    autocast = torch.autocast(torch.device(device).type, enabled=False)
-    with torch.inference_mode(), autocast, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
+def full_precision():
+    """Plain float32: without autocast, and without TF32, whose rounding is seen in distances and stalls a solver."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        with convolution, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _load_weights(path=None):
     """State dict of the published file; None: from torch's download folder, or fetched into it. All ranks call this."""
     folder = Path(torch.hub.get_dir(), "checkpoints")
     places = [Path(path)] if path else [folder / name for name in FILES]
-    place, problem = next((p for p in places if p.is_file()), places[0]), "no such file"
+    place = next((p for p in places if p.is_file()), places[0])
+    problem = "not the published file, delete it" if place.is_file() else "no such file"
     if not path and not place.is_file() and os.environ.get("LOCAL_RANK", "0") == "0":
         try:
             folder.mkdir(parents=True, exist_ok=True)  # the next call writes to a temporary name, checks and renames
             torch.hub.download_url_to_file(URL, str(place), SHA256, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
             problem = " ".join(str(error).split())
-    if not path and dist.is_initialized():
+    if dist.is_initialized():
         dist.barrier()
-    if place.is_file():
-        problem = "" if sha256(place.read_bytes()).hexdigest() == SHA256 else "not the published file, delete it"
-    if problem:
+    if not place.is_file() or sha256(place.read_bytes()).hexdigest() != SHA256:
         mend = f"put {URL} into {folder}, or give its path (weights=), or do without (--fid-features random)"
         raise UserError(f"Inception weights {place}: {problem}; {mend}")
     return torch.load(place, map_location="cpu", weights_only=True)
@@ -75,24 +77,22 @@ class Inception:
         self.name, self.dim, self.resize, self.device = f"inception-tf-{SHA256[:8]}", 2048, "tf", device
         net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
         net.load_state_dict(_load_weights(weights))
-        average = torch.nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # TensorFlow's graph never counts the padding
-        maximum = torch.nn.MaxPool2d(3, 1, 1)  # in the last block: an oddity of that graph, to be kept
-        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c"):
-            block, pool, pooled = getattr(net, f"Mixed_{name}"), maximum if name == "7c" else average, []
-            # The block's own pool is lost: branch_pool is handed ours.
+        # TensorFlow's graph never counts the padding, and its last block takes the maximum: an oddity, to be kept.
+        pools = [torch.nn.AvgPool2d(3, 1, 1, count_include_pad=False)] * 8 + [torch.nn.MaxPool2d(3, 1, 1)]
+        for name, pool in zip(("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c"), pools, strict=True):
+            block, pooled = getattr(net, f"Mixed_{name}"), []  # its own pool is lost: branch_pool is handed ours
             block.register_forward_pre_hook(lambda _, x, pool=pool, pooled=pooled: pooled.append(pool(x[0])))
             block.branch_pool.register_forward_pre_hook(lambda _, x, pooled=pooled: pooled.pop())
         self.classifier = net.fc.weight.detach().double().T.to(device)  # [2048, 1008]; the original score has no bias
         net.fc = torch.nn.Identity()
         self.network = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
+    @full_precision()
     def __call__(self, images):
-        with _exact(self.device):
-            rows, columns = (_tf_resize(size).to(self.device) for size in images.shape[2:])
-            x = rows @ images.to(self.device, torch.float64) @ columns.T  # [B, 3, 299, 299]
-            x = ((x - 128) / 128).float().contiguous(memory_format=torch.channels_last)
-            features = self.network(x)
-            return features, (features.double() @ self.classifier).float()
+        rows, columns = (_tf_resize(size).to(self.device) for size in images.shape[2:])
+        x = rows @ images.to(self.device, torch.float64) @ columns.T  # [B, 3, 299, 299]
+        features = self.network(((x - 128) / 128).float().contiguous(memory_format=torch.channels_last))
+        return features, (features.double() @ self.classifier).float()
 
 
 class RandomFeatures:
@@ -111,16 +111,16 @@ class RandomFeatures:
             w *= math.sqrt(2 / math.prod(shape[1:]))  # He et al. 2015
             self.filters.append(torch.from_numpy(w.astype(np.float32)).to(device))
 
+    @full_precision()
     def __call__(self, images):
-        with _exact(self.device):
-            x = images.to(self.device).float() / 127.5 - 1
-            x = F.adaptive_avg_pool2d(x, 64) if max(x.shape[2:]) > 64 else x
-            features = [F.adaptive_avg_pool2d(x, 4).flatten(1)]
-            for layer, w in enumerate(self.filters):
-                x = F.avg_pool2d(x, 2) if layer else x.contiguous(memory_format=torch.channels_last)
-                x = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), w).relu()
-                features.append(x.mean((2, 3)))
-            return torch.cat(features, 1), None
+        x = images.to(self.device).float() / 127.5 - 1
+        x = F.adaptive_avg_pool2d(x, 64) if max(x.shape[2:]) > 64 else x
+        features = [F.adaptive_avg_pool2d(x, 4).flatten(1)]
+        for layer, w in enumerate(self.filters):
+            x = F.avg_pool2d(x, 2) if layer else x.contiguous(memory_format=torch.channels_last)
+            x = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), w).relu()
+            features.append(x.mean((2, 3)))
+        return torch.cat(features, 1), None
 
     def scale(self, real):
         """Each feature's unit [496], from the real Stats: without it the thumbnail would drown all the rest."""
@@ -141,16 +141,15 @@ class Stats:
         return self.scatter / (self.n - 1)
 
     def update(self, features, numbers=None):
-        """Take in features [B, D]; those numbered below `keep` (int64 [B]) go into `.rows`. UserError on NaN."""
+        """Take in features [B, D], B > 0; those numbered below `keep` (int64 [B]) go into `.rows`. UserError on NaN."""
         x = features.detach().to(self.mean)
         if not x.isfinite().all():
             raise UserError("the features are not finite: look for NaN or infinity in the pictures or the weights")
-        if len(x):
-            total, mean = self.n + len(x), x.mean(0)
-            shift = mean - self.mean
-            # Chan et al. 1979, (n, mean, scatter) merged; raw moments would cancel where the mean is large.
-            self.scatter += (x - mean).T @ (x - mean) + torch.outer(shift, shift) * (self.n * len(x) / total)
-            self.n, self.mean = total, self.mean + shift * (len(x) / total)
+        total, mean = self.n + len(x), x.mean(0)
+        shift = mean - self.mean
+        # Chan et al. 1979, (n, mean, scatter) merged; raw moments would cancel where the mean is large.
+        self.scatter += (x - mean).T @ (x - mean) + torch.outer(shift, shift) * (self.n * len(x) / total)
+        self.n, self.mean = total, self.mean + shift * (len(x) / total)
         if numbers is not None:
             kept = numbers < len(self.rows)
             self.rows[numbers[kept]] = x[kept].float()
@@ -166,16 +165,6 @@ class Stats:
             dist.all_reduce(self.rows)  # each row is zero on all ranks but one
             self.n, self.mean = int(totals[-1]), totals[:-1] / totals[-1]
         return self
-
-    def save(self, path):
-        """Write to a temporary name, then rename: a killed run leaves the old file or the new one, never half of it."""
-        torch.save(vars(self), temporary := f"{path}.tmp-{os.getpid()}")
-        os.replace(temporary, path)
-
-    @classmethod
-    def load(cls, path):
-        vars(stats := cls(0)).update(torch.load(path, map_location="cpu", weights_only=True))
-        return stats
 
 
 def frechet(a, b, scale=1.0):
@@ -214,11 +203,10 @@ def kid(real, fake, subsets=100, size=1000, seed=0):
 
 def _balls(centres, points, k):
     """Which points [M, D] lie no farther from a centre [N, D] than the k-th nearest other centre: bool [N, M]."""
-    inside = []
-    for block in centres.split(1000):
-        radius = torch.cdist(block, centres).kthvalue(k + 1, keepdim=True).values  # the nearest of all is itself
-        inside.append(torch.cdist(block, points) <= radius)
-    return torch.cat(inside)
+    blocks = centres.split(1000)
+    # The nearest centre of all is the centre itself.
+    radii = (torch.cdist(block, centres).kthvalue(k + 1, keepdim=True).values for block in blocks)
+    return torch.cat([torch.cdist(block, points) <= radius for block, radius in zip(blocks, radii, strict=True)])
 
 
 def prdc(real, fake, k=5):
@@ -248,17 +236,18 @@ def _measure(net, pictures, n, logits=None):
 def _real_statistics(net, data, first):
     """Stats of the real set, from a file whose name changes with the network, its weights and resize, and the data."""
     n, size = data.images.shape[:2]
-    path, found = Path(data.cache, f"{net.name}-{data.key}-{data.split}-{size}-{n}.pt"), [None]
+    path, stats = Path(data.cache, f"{net.name}-{data.key}-{data.split}-{size}-{n}.pt"), [Stats(0)]
     with suppress(Exception):  # absent, or broken in any way: measured afresh
-        found = [Stats.load(path)]
+        vars(stats[0]).update(torch.load(path, map_location="cpu", weights_only=True))
     if dist.is_initialized():
-        dist.broadcast_object_list(found)  # the first rank's word, or those that found none would wait for the rest
-    if found[0] is None:
-        found = [_measure(net, lambda chunk, m: data.images[chunk * CHUNK :][:m].permute(0, 3, 1, 2), n)]
+        dist.broadcast_object_list(stats)  # the first rank's word, or those that found none would wait for the rest
+    if not stats[0].n:
+        stats = [_measure(net, lambda chunk, m: data.images[chunk * CHUNK :][:m].permute(0, 3, 1, 2), n)]
         if first:
             path.parent.mkdir(parents=True, exist_ok=True)
-            found[0].save(path)
-    return found[0]
+            torch.save(vars(stats[0]), temporary := path.with_suffix(f".tmp-{os.getpid()}"))
+            temporary.replace(path)  # a killed run leaves the old file or the new one, never half of it
+    return stats[0]
 
 
 def evaluate(sample, data, samples=50_000, features="inception", device="cpu", weights=None, full=True):

@@ -5,32 +5,30 @@ distributed run extract a share of the features each, gather them, and all solve
 """
 
 import math
-from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 
 from common.data import UserError, batches
-from common.fid import RandomFeatures
+from common.fid import RandomFeatures, full_precision
 
 
 @torch.no_grad()
-def _features(encoder, pictures, training=False):
-    """Yields [m, D] for each batch; modules are in eval (or train) mode meanwhile, then each in its own again."""
-    modes = {module: module.training for module in encoder.modules()} if isinstance(encoder, nn.Module) else {}
+def _features(encoder, pictures):
+    """Yields [m, D] for each batch; those modules that were training are in eval mode meanwhile."""
+    training = [m for m in encoder.modules() if m.training] if isinstance(encoder, torch.nn.Module) else []
     try:
-        for module in modes:
-            module.training = training
+        for module in training:
+            module.training = False
         for x in pictures:
             z = encoder(x).float()
             yield z.flatten(2).mean(2) if z.dim() > 2 else z
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 def extract(encoder, data, device="cpu", batch=256):
@@ -53,24 +51,8 @@ def extract(encoder, data, device="cpu", batch=256):
 
 def calibrate(encoder, data, device="cpu", batch=256):
     """Sets a module's batch-norm statistics, in place, to their average over 10,000 pictures; no weight changes."""
-    for module in encoder.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None  # PyTorch's word for the plain average of all batches
     shuffled = batches(data, batch, seed=0, flip=False, device=device, rank=0, world=1)  # folders are sorted by class
-    shuffled = islice(shuffled, max(1, min(len(data), 10_000) // batch))
-    list(_features(encoder, (x for x, _, _ in shuffled), training=True))
-
-
-@contextmanager
-def _full_precision():
-    """No TF32: with its rounding the gradient never gets small enough, and neighbours change places."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    torch.optim.swa_utils.update_bn(islice(shuffled, max(1, min(len(data), 10_000) // batch)), encoder)
 
 
 def _objective(x, y, W, l2):
@@ -102,7 +84,7 @@ def _direction(gradient, history, gamma):
     return d
 
 
-@_full_precision()
+@full_precision()
 def fit(x, y, l2, classes, start=None, tolerance=1e-5, limit=500):
     """Logistic regression, x [N, D], y [N], at S strengths l2 [S] > 0: W [S, D, K], b [S, K], gradient [S].
 
@@ -148,19 +130,17 @@ def _accuracy(x, y, W, b, k=1):
 
 def _held_out(y, seed):
     """A tenth of every class, but at most 50,000 pictures, and never a class's only one: bool [N]."""
-    y, held = y.cpu(), torch.zeros(len(y), dtype=torch.bool)
+    y, share = y.cpu(), min(0.1, 50_000 / len(y))
     order = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(y)))
-    for label in y.unique():
-        rows = order[y[order] == label]
-        held[rows[: min(max(1, int(len(rows) * min(0.1, 50_000 / len(y)))), len(rows) - 1)]] = True
-    return held
+    classes = [order[y[order] == label] for label in y.unique()]
+    held = torch.cat([rows[: min(max(1, int(len(rows) * share)), len(rows) - 1)] for rows in classes])
+    return torch.zeros(len(y), dtype=torch.bool).index_fill(0, held, True)
 
 
 def _standardiser(x):
     """(x - mean) / std by the statistics of x, in place; what is constant but for rounding becomes 0."""
-    variance, mean = torch.var_mean(x, 0, correction=0)
-    std = variance.sqrt()
-    std = torch.where(std > 1e-5 * std.max(), std, torch.inf)
+    std, mean = torch.std_mean(x, 0, correction=0)
+    std = std.where(std > 1e-5 * std.max(), torch.inf)
     return lambda z: z.sub_(mean).div_(std)
 
 
@@ -180,22 +160,16 @@ def probe(train, test, seed=0, l2=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0), crel
         x, test_x = (torch.cat([z.relu(), z.neg().relu_()], 1) for z in (x, test_x))
     classes = int(y.max()) + 1
     W, b, sweep = fit(x[:n], y[:n], l2, classes, tolerance=1e-4)  # enough to compare accuracies
-    accuracy = _accuracy(x[n:], y[n:], W, b).tolist()
-    best = max(range(len(l2)), key=lambda s: (accuracy[s], s))
+    best = len(l2) - 1 - int(_accuracy(x[n:], y[n:], W, b).flip(0).argmax())  # argmax finds the first of equals
     W, b, last = fit(x, y, l2[[best]], classes, start=torch.cat([W, b[:, None]], 1)[[best]])
-    result = {"l2": float(l2[best]), "edge": float(best in (0, len(l2) - 1)), "dim": x.shape[1]}
-    result["converged"] = float(sweep.max() <= 1e-4 and last <= 1e-5)
-    for k in (1, 5) if classes >= 100 else (1,):
-        result[f"top{k}"] = float(_accuracy(test_x, test[1], W, b, k))
-    return result
+    result = {f"top{k}": float(_accuracy(test_x, test[1], W, b, k)) for k in ((1, 5) if classes >= 100 else (1,))}
+    result |= {"l2": float(l2[best]), "edge": float(best in (0, len(l2) - 1)), "dim": x.shape[1]}
+    return result | {"converged": float(sweep.max() <= 1e-4 and last <= 1e-5)}
 
 
-@_full_precision()
+@full_precision()
 def knn(train, test_x, k=20, temperature=0.07):
-    """Weighted k-NN (Wu et al. 2018, as in DINO) of train = (x [N, D], y [N]) for test_x [M, D]: labels int64 [M].
-
-    The k nearest by cosine vote with exp(cosine / temperature); of equal classes the lowest wins.
-    """
+    """Labels int64 [M] of test_x [M, D]: votes of the k nearest in train (x [N, D], y [N]) as in DINO; ties: lowest."""
     (x, y), labels = (F.normalize(train[0], dim=1), train[1]), []
     for part in F.normalize(test_x, dim=1).split(max(1, 2**25 // len(x))):  # bounds the cosines to 128 MiB
         cosine, neighbours = (part @ x.T).topk(min(k, len(x)))
@@ -208,16 +182,14 @@ def knn(train, test_x, k=20, temperature=0.07):
 def sgd_probe(encoder, augmented, held_out, test, steps, device="cpu", rates=(3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)):
     """The papers' protocol for ImageNet, SGD on the features of augmented pictures: {top1, rate, dim}.
 
-    `augmented`: `common.data.batches` of pictures that `held_out` lacks, with crop or without. All learning rates are
-    trained at once, momentum 0.9, cosine schedule; the accuracy on `held_out` picks one. `held_out` and `test` have the
-    evaluation size. Features are standardised by held_out's statistics (batch norm without affine).
+    `augmented`: batches (pictures [m, (views,) 3, S, S] in [-1, 1], labels [m], ...) that `held_out` lacks. All rates
+    are trained at once, momentum 0.9, cosine schedule; the accuracy on `held_out` picks one. `held_out` and `test` have
+    the evaluation size. Features are standardised by held_out's statistics (batch norm without affine).
     """
     x, y = extract(encoder, held_out, device)
-    standardise = _standardiser(x)
-    rate = torch.tensor(rates, device=device)
-    W = torch.zeros(len(rates), x.shape[1] + 1, len(held_out.classes), device=device)
-    velocity = torch.zeros_like(W)
-    for step, (pictures, labels, _) in zip(range(steps), augmented, strict=False):
+    standardise, rate = _standardiser(x), torch.tensor(rates, device=device)
+    W, velocity = torch.zeros(2, len(rates), x.shape[1] + 1, len(held_out.classes), device=device)
+    for step, (pictures, labels, *_) in zip(range(steps), augmented, strict=False):
         (z,) = _features(encoder, [pictures.flatten(0, -4)])  # [m views, D]
         _, gradient = _objective(standardise(z), labels.repeat_interleave(len(z) // len(labels)), W, 0 * rate)
         if dist.is_initialized():
@@ -239,16 +211,15 @@ def evaluate(encoder, train, test, untrained=None, device="cpu", crelu=False):
     chance = float(test.require_labels().bincount().max() / len(test))
     result = {"chance": chance, "n_train": len(train.require_labels()), "n_test": len(test)}
     random = RandomFeatures(device)
-    if untrained is not None:
-        calibrate(untrained, train, device)
-    for prefix, measured in {
+    encoders = {
         "": encoder,
-        "untrained_": untrained,
         "raw_pixels_": lambda x: F.interpolate(x, size=min(x.shape[-1], 32), mode="area").flatten(1),
         "random_features_": lambda x: random(((x + 1) * 127.5).round().to(torch.uint8))[0],
-    }.items():
-        if measured is None:
-            continue
+    }
+    if untrained is not None:
+        calibrate(untrained, train, device)
+        encoders["untrained_"] = untrained
+    for prefix, measured in encoders.items():
         fitting, testing = extract(measured, train, device), extract(measured, test, device)
         for name in ("probe", "crelu_probe") if crelu and not prefix else ("probe",):
             scores = probe(fitting, testing, crelu=name == "crelu_probe")

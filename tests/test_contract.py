@@ -31,8 +31,10 @@ from PIL import Image
 
 STEPS = 6
 COMMON = ["--device", "cpu", "--preset", "demo", "--batch", 8, "--log-every", 1, "--save-every", 2]
-COMMON += ["--fid-samples", 64, "--probe-samples", 200]
+COMMON += ["--probe-samples", 200]
 FLAGS = {}  # script: further flags that make it tiny
+NO_SAMPLES = ("byol", "dim")  # they generate nothing: probes, and no FID
+SUPERVISED = ("biggan",)  # they learn from labels, and must refuse a set that has none
 TIMES = {"seconds", "best"}  # of a checkpoint: what may differ between equal runs
 
 
@@ -102,13 +104,17 @@ def script(request):
     return request.param
 
 
+def tiny(script, root):
+    fid = [] if script in NO_SAMPLES else ["--fid-samples", 64]
+    return [*COMMON, *fid, *FLAGS.get(script, ()), "--root", root, "--out", "run", "--steps", STEPS]
+
+
 @pytest.fixture
 def start(script, root, tmp_path):
     """start(*words) begins a tiny run of the script in an empty folder, its --out being `run` there."""
 
     def start(*words, command="train", **options):
-        words = [command, *COMMON, *FLAGS.get(script, ()), "--root", root, "--out", "run", "--steps", STEPS, *words]
-        return Run(script, *words, **{"cwd": tmp_path} | options)
+        return Run(script, command, *tiny(script, root), *words, **{"cwd": tmp_path} | options)
 
     return start
 
@@ -171,8 +177,7 @@ def refused(run, *words):
 def finished(script, root, tmp_path_factory):
     """A run that was never interrupted, with its evaluation."""
     cwd = tmp_path_factory.mktemp("finished")
-    words = [*COMMON, *FLAGS.get(script, ()), "--data", "shapes", "--root", root, "--out", "run", "--steps", STEPS]
-    run = Run(script, *words, cwd=cwd)
+    run = Run(script, *tiny(script, root), "--data", "shapes", cwd=cwd)
     assert run.wait(590) == 0, run.text("err")
     return cwd / "run"
 
@@ -187,7 +192,8 @@ def test_it_leaves_the_promised_files(finished, script):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert {"command", "steps", "seconds", "device", "torch", "probe_top1"} <= set(metrics)
     assert metrics["steps"] == STEPS and f"{script}.py" in metrics["command"] and metrics["torch"] == torch.__version__
-    assert any(key.startswith("fd_random") for key in metrics) and not any(key.startswith("fid") for key in metrics)
+    assert any(key.startswith("fd_random") for key in metrics) == (script not in NO_SAMPLES)
+    assert not any(key.startswith("fid") for key in metrics)
     with Image.open(finished / "samples.png") as picture:
         assert np.asarray(picture).std() > 0 and min(picture.size) >= 64
     assert checkpoint(finished)["step"] == STEPS
@@ -269,23 +275,35 @@ def test_a_kill_while_a_checkpoint_is_written(start, tmp_path, finished, death):
 
 
 # ------------------------------------------------------------ folders of pictures
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """80 pictures of two kinds, without labels."""
+@pytest.fixture(scope="module")
+def pictures(script, tmp_path_factory):
+    """80 pictures of two kinds, without labels; for a script that needs them in a folder a class."""
     folder = tmp_path_factory.mktemp("pictures")
     for i in range(80):
         noise = np.random.default_rng(i).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((48, 40)).save(folder / f"{i}.{'png' if i % 2 else 'jpg'}")
+        place = folder / "ab"[i % 2] if script in SUPERVISED else folder
+        place.mkdir(exist_ok=True)
+        Image.fromarray(noise).resize((48, 40)).save(place / f"{i}.{'png' if i % 4 else 'jpg'}")
     return folder
 
 
-def test_a_folder_without_labels_from_first_to_last(start, tmp_path, pictures):
-    """It trains and is evaluated, but not probed; again: only evaluated; more steps extend it, as if asked at once."""
+def test_labels_that_are_not_there(script, start, tmp_path, pictures):
+    if script in SUPERVISED:
+        flat = tmp_path / "flat"
+        flat.mkdir()
+        for path in pictures.rglob("*.*"):
+            shutil.copy(path, flat)
+        refused(start("--data", flat), "labels", "flat")
+
+
+def test_a_folder_from_first_to_last(script, start, tmp_path, pictures):
+    """It trains and is evaluated, not probed without labels; again: only evaluated; more steps extend it exactly."""
     folder, words = tmp_path / "run", ["--data", pictures, "--steps", 2]
     run = start(*words)
     assert run.wait() == 0, run.text("err")
     metrics, first = json.loads((folder / "metrics.json").read_text()), checkpoint(folder)
-    assert any(key.startswith("fd_random") for key in metrics) and not any("top1" in key for key in metrics)
+    assert any(key.startswith("fd_random") for key in metrics) == (script not in NO_SAMPLES)
+    assert any("top1" in key for key in metrics) == (script in SUPERVISED)
     log = (folder / "log.jsonl").read_text()
     for name in ("metrics.json", "samples.png"):
         (folder / name).unlink()
@@ -301,8 +319,11 @@ def test_a_folder_without_labels_from_first_to_last(start, tmp_path, pictures):
     assert not differences(extended, at_once)
 
 
-def test_evaluation_without_inception_weights(start, tmp_path, pictures):
+def test_evaluation_without_inception_weights(script, start, tmp_path, pictures):
     """The run keeps what it has, and says by which command it is evaluated later."""
+    if script in NO_SAMPLES:
+        assert "--fid-features" not in (ROOT / f"{script}.py").read_text()
+        return
     words = ["--data", pictures, "--steps", 1, "--eval-every", 1]
     trained(start(*words), tmp_path / "run", 1)
     run = start(*words, "--fid-features", "inception", "--fid-weights", "nowhere.pth", command="eval")
@@ -326,8 +347,8 @@ def test_a_broken_picture(start, tmp_path, pictures):
     """Refused, naming it; with --skip-broken it is left out."""
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
-    whole = (folder / "8.jpg").read_bytes()
-    (folder / "8.jpg").write_bytes(whole[: len(whole) // 2])
+    broken = next(folder.rglob("8.jpg"))
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
     refused(start("--data", folder), "8.jpg", "--skip-broken")
     assert trained(start("--data", folder, "--steps", 1, "--skip-broken"), tmp_path / "run", 1)["step"] == 1
 
@@ -475,9 +496,6 @@ def test_two_processes_do_what_two_pieces_do(start, tmp_path):
 
 
 # ------------------------------------------------------------ labels
-SUPERVISED = ()  # scripts whose method learns from labels
-
-
 def permute_labels():
     from common import data
 

@@ -177,15 +177,28 @@ def test_a_batch_that_cannot_be_cut_names_the_nearest(shapes):
         batches(shapes, 1, 0, pieces=4)
 
 
-def test_take_and_labels(shapes):
-    few = shapes.take(100)
-    assert len(few) == 100 and few.key != shapes.key and torch.equal(few.images, shapes.take(100).images)
-    assert torch.equal(shapes.take(10).labels, few.labels[:10]) and len(few.labels.unique()) == 10
-    assert shapes.take(10_000) is shapes
-    assert torch.equal(few.require_labels(), few.labels)
-    for labels in (None, torch.full((100,), -1)):
+def test_rows_are_a_fixed_choice_from_all_over_the_set(shapes):
+    root = shapes.cache.parent
+    few, rest = (load("shapes", "test", 32, root, rows=rows) for rows in (slice(100), slice(100, None)))
+    order = np.random.default_rng(0).permutation(10_000)
+    for part, rows in ((few, order[:100]), (rest, order[100:])):
+        assert len(part) == len(rows) and torch.equal(part.images, shapes.images[rows])
+        assert torch.equal(part.labels, shapes.labels[rows]) and torch.equal(part.factors, shapes.factors[rows])
+    assert len(few.labels.unique()) == 10
+    assert len({few.key, rest.key, shapes.key}) == 3
+    for same in (slice(0, 100), slice(-10_000, 100, 1)):
+        assert load("shapes", "test", 32, root, rows=same).key == few.key
+    for whole in (slice(None), slice(10**9), slice(0, 10_000)):
+        again = load("shapes", "test", 32, root, rows=whole)
+        assert again.key == shapes.key and torch.equal(again.labels, shapes.labels)
+    assert "picks none of the 10000" in error("shapes", "test", 32, root, rows=slice(10_000, None))
+
+
+def test_missing_labels(shapes):
+    assert torch.equal(shapes.require_labels(), shapes.labels)
+    for labels in (None, torch.full((10_000,), -1)):
         with pytest.raises(UserError, match="no labels"):
-            module.replace(few, labels=labels).require_labels()
+            module.replace(shapes, labels=labels).require_labels()
 
 
 # -------------------------------------------------------------------------------------------------------------- crops
@@ -490,6 +503,37 @@ def test_a_second_load_reads_no_picture_and_changes_are_noticed(tmp_path, opened
     assert read(place, tmp_path).key != key
     (place / "train" / "bee" / "a.png").unlink()
     assert read(place, tmp_path).key == first.key and len(opened) == 40
+
+
+def test_only_chosen_files_are_packed_and_the_two_parts_make_the_set(tmp_path, opened):
+    place = folder(tmp_path / "set", count=10)
+    few, rest = (read(place, tmp_path, rows=rows) for rows in (slice(6), slice(6, None)))
+    assert len(opened) == 20 and len(few) == 6 and len(rest) == 14
+    sizes = {entry.stem: entry.stat().st_size for entry in few.cache.glob("*.u8")}
+    assert sizes == {few.key: 6 * 16 * 16 * 3, rest.key: 14 * 16 * 16 * 3}
+    whole, order = read(place, tmp_path), np.random.default_rng(0).permutation(20)
+    assert whole.files.tolist() == sorted(whole.files) == sorted([*few.files, *rest.files])
+    for part, rows in ((few, order[:6]), (rest, order[6:])):
+        assert part.files.tolist() == whole.files[rows].tolist() and part.classes == whole.classes
+        assert torch.equal(part.images, whole.images[rows]) and torch.equal(part.labels, whole.labels[rows])
+    count = len(opened)
+    assert read(place, tmp_path, rows=slice(0, 6)).key == few.key
+    assert read(place, tmp_path, rows=slice(10**9)).key == whole.key and len(opened) == count
+    full = read(place, tmp_path, size=None, rows=slice(6))
+    assert full.files.tolist() == few.files.tolist() and full.images is None
+    assert "holds no pictures" in error(str(place), size=16, root=tmp_path / "root", rows=slice(20, None))
+
+
+@pytest.mark.parametrize("bytes_left", [0, 1000])
+def test_a_cache_that_was_cut_short_is_packed_again(tmp_path, opened, bytes_left):
+    place = folder(tmp_path / "set")
+    (place / "train" / "bee" / "3.png").write_bytes(b"nothing")
+    data = read(place, tmp_path, skip_broken=True)
+    expected = data.images.clone()
+    os.truncate(data.cache / f"{data.key}.u8", bytes_left)
+    assert torch.equal(read(place, tmp_path, skip_broken=True).images, expected) and len(opened) == 24
+    (data.cache / f"{data.key}.u8.json").unlink()
+    assert torch.equal(read(place, tmp_path, skip_broken=True).images, expected) and len(opened) == 36
 
 
 def slow(place, tmp_path, ready="ready"):

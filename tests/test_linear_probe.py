@@ -406,7 +406,8 @@ def test_sgd_probe_learns_from_augmented_batches_and_chooses_on_the_held_out_par
     result = sgd_probe(encoder, crops, held_out, test, steps=60)
     assert result["top1"] > 0.9 and result["rate"] in (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0) and result["dim"] == 3
     assert seen == [60] + 60 * [64] + [150]
-    again = sgd_probe(encoder, common_data.batches(train, 32, seed=0), held_out, test, steps=60, rates=(1e-9, 0.1))
+    pairs = ((x, y) for x, y, _ in common_data.batches(train, 32, seed=0))
+    again = sgd_probe(encoder, pairs, held_out, test, steps=60, rates=(1e-9, 0.1))
     assert again["top1"] > 0.9 and again["rate"] == 0.1
 
 

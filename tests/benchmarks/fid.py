@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from torchvision.models import inception_v3
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import fid
@@ -31,7 +32,7 @@ def main():
     for size in (32, 64):
         images = torch.randint(0, 256, (100, 3, size, size), dtype=torch.uint8, device=args.device)
         print(f"random features, {size}x{size}: {rate(random, images, 10):,.0f} img/s", flush=True)
-    weights = fid.inception_network().state_dict()
+    weights = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict()
     original, fid._load_weights = fid._load_weights, lambda path=None: weights  # random weights: the speed is the same
     inception = fid.Inception(device=args.device)
     fid._load_weights = original

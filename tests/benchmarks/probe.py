@@ -18,12 +18,14 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import linear_probe
 
+STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
+
 
 def features(rows, dim, device, classes=10):
     g = torch.Generator().manual_seed(0)
     y = torch.arange(rows) % classes
     scale = torch.arange(1, dim + 1) ** -0.5
-    centres = 0.25 * torch.randn(classes, dim, generator=g)
+    centres = 0.07 * torch.randn(classes, dim, generator=g)
     mixing = torch.linalg.qr(torch.randn(dim, dim, generator=g))[0]
     x = (centres[y] + torch.randn(rows, dim, generator=g)) * scale @ mixing
     return x.to(device), y.to(device)
@@ -57,7 +59,7 @@ def main():
     x, y = features(args.rows + 10_000, args.dim, args.device)
     train, test = (x[: args.rows], y[: args.rows]), (x[args.rows :], y[args.rows :])
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    result = linear_probe.probe(train, test, l2=linear_probe.STRENGTHS[1:])
+    result = linear_probe.probe(train, test, l2=STRENGTHS)
     seconds = time.perf_counter() - start
     extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     print(

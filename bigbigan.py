@@ -10,7 +10,6 @@ invert each other fool it for good, so E finds out what an image is about. No la
 """
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -34,7 +33,6 @@ from common.data import NAMES, UserError, batches, generator, load
 SCRIPT = Path(__file__).stem
 LATENTS, POSTERIOR, STANDING, PICTURES, FAKES = range(5)  # streams of random numbers
 
-# fmt: off
 # G by image size: channels of the 4x4 map and after each block, each with z_chunk latents. F by image size: channels
 # after each block, how many blocks halve the map, and a factor on the copy of f that enters J.
 PAPER = dict(  # "High-res E, E learning rate x 10" (Tables 1 and 2); G, F and Adam: BigGAN's Table 4, appendix B
@@ -46,38 +44,38 @@ PAPER = dict(  # "High-res E, E learning rate x 10" (Tables 1 and 2); G, F and A
     latent_width=2048, latent_blocks=4, latent_sn=True, encoder="resnet50", mlp_width=4096, sigma_bias=0.0,
     crop_area=0.08, crop_ratio=4 / 3,  # those of Table 3's generation runs: 0.5 and 1
     steps=500_000, batch=2048, d_steps=2, reuse=False, lr_d=2e-4, lr_g=5e-5, eta=10.0, betas=(0.0, 0.999), sn_eps=1e-4,
-    ema=0.9999, ema_start=1000, standing=100, log_every=100, save_every=1000,  # the average's start is not stated
-    fid_features="inception", fid_samples=50_000, fid_split="test", probe_samples=0)
+    ema=0.9999, ema_start=1000, standing=100, log_every=100, save_every=1000, fid_split="test",  # ema_start: not stated
+    fid_features="inception", fid_samples=50_000, probe_samples=50_000, sgd_probe=100_000)  # fmt: skip
 SMALL = PAPER | dict(  # BigGAN's CIFAR-10 recipe with shared embedding and hierarchical z: the paper has no 32x32 model
     size=32, encoder_size=0, z_chunk=32, attention=0, G={32: (256,) * 4, 64: (1024, 1024, 512, 256, 128)},
     # f sums 64 positions, not 16 as in the paper: 1/8 keeps it from drowning z in J (|f| = 334, |h| = 14 at first)
     F={32: ((256,) * 4, 2, 1 / 8), 64: ((64, 128, 256, 512, 1024), 4, 1.0)}, latent_width=512, encoder="resnet18",
     mlp_width=1024, crop_area=1.0, crop_ratio=1.0, steps=100_000, batch=64, lr_g=2e-4, eta=1.0, sn_eps=1e-6,
-    save_every=2000, fid_split="train")
+    save_every=2000, fid_split="train", probe_samples=0, sgd_probe=0)  # fmt: skip
 DEMO = SMALL | dict(  # five minutes on two CPU cores, found by experiment
     z_chunk=8, embed_dim=32, G={32: (64, 64, 32, 16), 64: (64, 64, 64, 32, 16)},
     F={32: ((16, 32, 64, 64), 3, 1.0), 64: ((16, 32, 64, 64, 64), 4, 1.0)}, latent_width=128, latent_blocks=2,
-    latent_sn=False, encoder="resnet10", mlp_width=256, sigma_bias=-1.0, steps=800, batch=32, d_steps=1,
-    reuse=True,  # E and G see D's last batch again
-    lr_d=1e-3, lr_g=4e-4, betas=(0.0, 0.99), ema=0.998, ema_start=200, standing=20, log_every=50, save_every=500,
-    fid_features="random", fid_samples=5000, fid_split="test", probe_samples=10_000)
+    latent_sn=False, encoder="resnet10", mlp_width=256, sigma_bias=-1.0, steps=800, batch=32, d_steps=1, reuse=True,
+    lr_d=5e-4, lr_g=5e-4, eta=2.5, betas=(0.0, 0.99), ema=0.998, ema_start=200, standing=20, log_every=50,
+    save_every=500, fid_features="random", fid_samples=5000, fid_split="test", probe_samples=10_000)  # fmt: skip
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
 BACKBONES = {  # of E: kind of unit, units a stage, channels of the first stage, the stem's stride on small images
     "resnet10": ("basic", (1, 1, 1, 1), 32, 2), "resnet18": ("basic", (2, 2, 2, 2), 64, 1),
     "resnet50": ("bottleneck", (3, 4, 6, 3), 256, 1), "resnet50x2": ("bottleneck", (3, 4, 6, 3), 512, 1),
     "resnet101": ("bottleneck", (3, 4, 23, 3), 256, 1), "revnet50": ("reversible", (3, 4, 6, 3), 256, 1),
     "revnet50x2": ("reversible", (3, 4, 6, 3), 512, 1), "revnet50x4": ("reversible", (3, 4, 6, 3), 1024, 1),
-}
-# fmt: on
+}  # fmt: skip
 
 
 # ------------------------------------------------------------ G: BigGAN's generator, with a single "class"
+# same as in biggan.py
 def spectral(layer, eps):
     """Orthogonal start; then W / sigma(W), sigma the largest singular value (Miyato et al. 2018); eps None: no norm."""
     nn.init.orthogonal_(layer.weight)
     return layer if eps is None else parametrizations.spectral_norm(layer, eps=eps)
 
 
+# same as in biggan.py
 def power_iteration(*networks):
     """One power iteration a step, after network.train(). Torch alone would have one a forward pass; so all ranks and
     all accumulated pieces of a step see the same weights."""
@@ -87,6 +85,7 @@ def power_iteration(*networks):
         module.parametrizations.eval()
 
 
+# same as in biggan.py
 class Attention(nn.Module):
     """SAGAN's self-attention; keys and values on a map of half the size. The identity at the start (gamma = 0)."""
 
@@ -103,35 +102,29 @@ class Attention(nn.Module):
         return x + self.gamma * self.out(attended)
 
 
-class ConditionalBatchNorm(nn.Module):
-    """Batch norm with gain 1 + g(c) and bias b(c): linear in the condition c; tables of labels where cond_dim is 0."""
-
-    def __init__(self, channels, cond_dim, classes, eps):
-        super().__init__()
-        shape = (cond_dim or classes, channels)
-        affine = lambda: spectral(nn.Linear(*shape, bias=False), eps) if cond_dim else nn.Embedding(*shape)
-        self.norm, self.gain, self.bias = nn.BatchNorm2d(channels, affine=False), affine(), affine()
-
-    def forward(self, x, c):
-        return self.norm(x) * (1 + self.gain(c))[..., None, None] + self.bias(c)[..., None, None]
-
-
+# same as in biggan.py
 class GBlock(nn.Module):
-    """Residual block that doubles the map: [B, cin, h, w] -> [B, cout, 2h, 2w]; with attention behind it if asked."""
+    """Residual block that doubles the map, [B, cin, h, w] -> [B, cout, 2h, 2w]: two convolutions, before each a batch
+    norm with gain 1 + g(c) and bias b(c). `affine(channels)` makes g and b; attention stands behind if asked for."""
 
-    def __init__(self, cin, cout, cond_dim, classes, attend, eps):
+    def __init__(self, cin, cout, affine, attend, eps):
         super().__init__()
-        self.norm1, self.norm2 = (ConditionalBatchNorm(channels, cond_dim, classes, eps) for channels in (cin, cout))
-        self.conv1, self.conv2 = (spectral(nn.Conv2d(channels, cout, 3, padding=1), eps) for channels in (cin, cout))
-        self.skip = spectral(nn.Conv2d(cin, cout, 1), eps)
+        self.layers = nn.ModuleList()
+        for channels, grow in ((cin, nn.Upsample(scale_factor=2)), (cout, nn.Identity())):
+            norm, conv = nn.BatchNorm2d(channels, affine=False), spectral(nn.Conv2d(channels, cout, 3, padding=1), eps)
+            self.layers.append(nn.ModuleList([norm, affine(channels), affine(channels), grow, conv]))
+        self.skip = nn.Sequential(spectral(nn.Conv2d(cin, cout, 1), eps), nn.Upsample(scale_factor=2))
         self.attention = Attention(cout, eps) if attend else nn.Identity()
 
     def forward(self, x, c):
-        h = self.conv1(F.interpolate(F.relu(self.norm1(x, c)), scale_factor=2))
-        h = self.conv2(F.relu(self.norm2(h, c)))
-        return self.attention(h + F.interpolate(self.skip(x), scale_factor=2))
+        h = x
+        for norm, gain, bias, grow, conv in self.layers:
+            h = norm(h) * (1 + gain(c))[..., None, None] + bias(c)[..., None, None]
+            h = conv(grow(F.relu(h)))
+        return self.attention(h + self.skip(x))
 
 
+# same as in biggan.py
 class Generator(nn.Module):
     """z [B, z_dim], c [B, embed_dim] -> images [B, 3, S, S] in [-1, 1]; c defaults to the one row of unconditional G's.
     The first chunk of z makes the 4x4 map, each other one joins c to condition a block. With embed_dim 0 (BigGAN on
@@ -139,27 +132,29 @@ class Generator(nn.Module):
 
     def __init__(self, widths, z_dim, embed_dim, classes=1, attention=0, eps=1e-4):
         super().__init__()
-        self.widths, self.chunks = widths, len(widths) if embed_dim else 1
+        self.chunks = len(widths) if embed_dim else 1
         chunk = z_dim // self.chunks
-        self.embed = nn.Embedding(classes, embed_dim)  # without spectral norm, which would cripple G here
-        nn.init.orthogonal_(self.embed.weight)
-        self.linear = spectral(nn.Linear(chunk, 16 * widths[0]), eps)
-        cond = (embed_dim + chunk if embed_dim else 0, classes)
+        affine = lambda channels: spectral(nn.Linear(embed_dim + chunk, channels, bias=False), eps)
+        if not embed_dim:
+            affine = lambda channels: spectral(nn.Embedding(classes, channels), None)
+        self.embed = spectral(nn.Embedding(classes, embed_dim), None)  # no spectral norm: it would cripple G here
+        self.first = nn.Sequential(spectral(nn.Linear(chunk, 16 * widths[0]), eps), nn.Unflatten(1, (widths[0], 4, 4)))
         shapes = enumerate(pairwise(widths))
-        self.blocks = nn.ModuleList(GBlock(*shape, *cond, 8 << i == attention, eps) for i, shape in shapes)
-        self.norm = nn.BatchNorm2d(widths[-1])
-        self.out = spectral(nn.Conv2d(widths[-1], 3, 3, padding=1), eps)
+        self.blocks = nn.ModuleList(GBlock(*shape, affine, 8 << i == attention, eps) for i, shape in shapes)
+        last = spectral(nn.Conv2d(widths[-1], 3, 3, padding=1), eps)
+        self.last = nn.Sequential(nn.BatchNorm2d(widths[-1]), nn.ReLU(), last)
 
     def forward(self, z, c=None):
         c = self.embed.weight.expand(len(z), -1) if c is None else c
         z = z.chunk(self.chunks, dim=1)
-        x = self.linear(z[0]).unflatten(1, (self.widths[0], 4, 4))
+        x = self.first(z[0])
         for i, block in enumerate(self.blocks, start=1):
             x = block(x, torch.cat([c, z[i]], 1) if self.chunks > 1 else c)
-        return torch.tanh(self.out(F.relu(self.norm(x))).float())
+        return torch.tanh(self.last(x).float())
 
 
 # ------------------------------------------------------------ D = {F, H, J}
+# same as in biggan.py
 class Residual(nn.Module):  # x -> skip(x) + branch(x)
     def __init__(self, branch, skip=()):
         super().__init__()
@@ -169,6 +164,7 @@ class Residual(nn.Module):  # x -> skip(x) + branch(x)
         return self.skip(x) + self.branch(x)
 
 
+# same as in biggan.py
 def image_trunk(widths, halvings, size, attention=0, eps=1e-4):
     """BigGAN's image discriminator up to its last map: [B, 3, size, size] -> [B, widths[-1], h, w]."""
     layers = []
@@ -201,18 +197,21 @@ class Discriminator(nn.Module):
         self.s_x, self.s_z, self.s_xz = spectral(nn.Linear(f_dim, 1), eps), linear(width, 1), linear(width, 1)
         self.f_scale = f_scale
 
-    def features(self, x):
-        """f = F(x), [B, f_dim]: a SUM over positions, as in BigGAN."""
-        return F.relu(self.F(x)).sum((2, 3), dtype=torch.float32)
-
     def forward(self, x, z):
-        f, h = self.features(x), self.H(z)
+        f = F.relu(self.F(x)).sum((2, 3), dtype=torch.float32)  # [B, f_dim]: a SUM over positions, as in BigGAN
+        h = self.H(z)  # [B, width]
         j = self.J(torch.cat([self.f_scale * f, h], 1))
         return [s[:, 0].float() for s in (self.s_x(f), self.s_z(F.relu(h)), self.s_xz(F.relu(j)))]
 
 
 # ------------------------------------------------------------ E
-def residual_unit(kind, cin, cout, stride):
+class Reversible(nn.Sequential):  # RevNet's unit of layers R: (x1, x2) -> (x2, x1 + R(x2)), halves of the channels
+    def forward(self, x):
+        x1, x2 = x.chunk(2, dim=1)
+        return torch.cat([x2, x1 + super().forward(x2)], 1)  # in this order, or x2 would never change
+
+
+def unit(kind, cin, cout, stride=1):
     """ResNet-v2's. Where the shape changes, the skip is a convolution, and like the branch it takes relu(bn(x))."""
     mid = cout // 4
     convs = [(cin, mid, 1), (mid, mid, 3, stride, 1), (mid, cout, 1)]  # channels in, out, kernel, stride, padding
@@ -224,43 +223,26 @@ def residual_unit(kind, cin, cout, stride):
     return nn.Sequential(norm, relu, Residual(branch, [nn.Conv2d(cin, cout, 1, stride, bias=False)]))
 
 
-class ReversibleUnit(nn.Module):
-    """RevNet's unit on halves of the channels: (x1, x2) -> (x2, x1 + R(x2)); without the swap one half would stay."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.R = residual_unit("bottleneck", channels // 2, channels // 2, 1).branch  # the same layers, without a skip
-
-    def forward(self, x):
-        x1, x2 = x.chunk(2, dim=1)
-        return torch.cat([x2, x1 + self.R(x2)], 1)
-
-
-def backbone(name, size):
-    """The convolutions of E: [B, 3, size, size] -> [B, D, h, w]; and D. From 96 pixels on the stem is ImageNet's."""
-    kind, units, width, stride = BACKBONES[name]
-    cin = width // 4 if kind == "bottleneck" else width
-    layers = [nn.Conv2d(3, cin, 3, stride, 1, bias=False)]
-    if size >= 96:
-        layers = [nn.Conv2d(3, cin, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)]
-    for stage, n in enumerate(units):
-        cout = width << stage
-        if kind == "reversible":  # a new stage: half the size by averaging, twice the channels by zeros on both sides
-            layers += [nn.AvgPool2d(2), nn.ZeroPad3d((0, 0, 0, 0, cout // 4, cout // 4))] if stage else []
-            layers += [ReversibleUnit(cout) for _ in range(n)]
-        else:
-            layers.append(residual_unit(kind, cin, cout, 2 if stage else 1))
-            layers += [residual_unit(kind, cout, cout, 1) for _ in range(n - 1)]
-        cin = cout
-    return nn.Sequential(*layers, nn.BatchNorm2d(cin), nn.ReLU()), cin
-
-
 class Encoder(nn.Module):
-    """E: x [B, 3, S, S] -> mean and standard deviation of z given x, [B, z_dim] each."""
+    """E: x [B, 3, size, size] -> mean and standard deviation of z given x, [B, z_dim] each."""
 
-    def __init__(self, trunk, feature_dim, mlp_width, z_dim, sigma_bias=0.0):
+    def __init__(self, backbone, size, mlp_width, z_dim, sigma_bias=0.0):
         super().__init__()
-        self.trunk, self.mlp, self.head = trunk, mlp(feature_dim, mlp_width, 2), nn.Linear(mlp_width, 2 * z_dim)
+        kind, units, width, stride = BACKBONES[backbone]
+        cin = width // 4 if kind == "bottleneck" else width
+        layers = [nn.Conv2d(3, cin, 3, stride, 1, bias=False)]
+        if size >= 96:  # ImageNet's stem
+            layers = [nn.Conv2d(3, cin, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)]
+        for stage, n in enumerate(units):
+            cout = width << stage
+            if kind == "reversible":  # a new stage: half the size by averaging, twice the channels by zeros around them
+                layers += [nn.AvgPool2d(2), nn.ZeroPad3d((0, 0, 0, 0, cout // 4, cout // 4))] if stage else []
+                layers += [Reversible(*unit("bottleneck", cout // 2, cout // 2).branch) for _ in range(n)]
+            else:
+                layers += [unit(kind, cin, cout, 2 if stage else 1), *(unit(kind, cout, cout) for _ in range(n - 1))]
+            cin = cout
+        self.trunk = nn.Sequential(*layers, nn.BatchNorm2d(cin), nn.ReLU())
+        self.mlp, self.head = mlp(cin, mlp_width, 2), nn.Linear(mlp_width, 2 * z_dim)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight)
@@ -277,8 +259,7 @@ class Encoder(nn.Module):
 
 # ------------------------------------------------------------ the objective
 def discriminator_loss(real, fake):
-    """L_D (equation 2): h(s) of the scores of (x, E(x)), h(-s) of those of (G(z), z), [B] each; h(t) = max(0, 1 - t).
-    Each score has a hinge of its own: one for their sum is significantly worse (section 2)."""
+    """L_D (equation 2): h(t) = max(0, 1 - t) per score: of s for real (x, E(x)), of -s for fake (G(z), z)."""
     return sum(F.relu(1 - s).mean() for s in real) + sum(F.relu(1 + s).mean() for s in fake)
 
 
@@ -290,15 +271,14 @@ def encoder_generator_loss(real, fake):
 def prior(args, n, *key):
     """z ~ N(0, I), or U(-1, 1) in the ablation "uniform P_z": [n, z_dim], a function of the seed and the key."""
     z = torch.randn(n, args.z_dim, generator=generator(args.seed, *key, args.device), device=args.device)
-    return torch.erf(z / math.sqrt(2)) if args.prior == "uniform" else z
+    return torch.erf(z / 2**0.5) if args.prior == "uniform" else z
 
 
 def posterior(args, E, x, noise=0.0):
     """z ~ E(x) = N(mu, sigma^2), or mu without noise; with the uniform prior E is deterministic and ends in tanh."""
     mu, sigma = E(x)
-    if args.prior == "uniform":
-        return mu.tanh()
-    return mu if args.deterministic else mu + sigma * noise
+    z = mu + sigma * (0.0 if args.deterministic else noise)
+    return mu.tanh() if args.prior == "uniform" else z
 
 
 def judge(args, D, x, z_hat, x_hat, z):
@@ -309,13 +289,8 @@ def judge(args, D, x, z_hat, x_hat, z):
 
 # ------------------------------------------------------------ the frame, the same in every script
 def start(args):
-    """Completes args by this process's rank, world and device (torchrun's variables) and joins the process group."""
+    """Completes args by torchrun's rank, world and device, and joins the process group."""
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch % (cuts := args.world * args.accumulate):
-        near = max(1, round(args.batch / cuts)) * cuts
-        raise UserError(
-            f"--batch {args.batch} does not divide by {args.world} ranks x {args.accumulate} pieces: {near}"
-        )
     if cuda := args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(args.device)
@@ -353,11 +328,8 @@ class Run:
     """What training needs beside the method: to resume, to log, to save, and to leave in order when a signal comes."""
 
     def __init__(self, args, **parts):
-        self.args, self.parts, self.signals, self.file = args, parts, [], args.out / "log.jsonl"
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {args.out} ({error.strerror}): give another --out") from error
+        self.args, self.parts, self.signal, self.file = args, parts, 0, args.out / "log.jsonl"
+        args.out.mkdir(parents=True, exist_ok=True)
         state = read_checkpoint(args) or {"step": 0, "seconds": 0.0, "best": math.inf}
         for name in parts.keys() & state.keys():
             parts[name].load_state_dict(state[name])
@@ -367,12 +339,7 @@ class Run:
             lines = [line for line in self.file.read_text().splitlines() if line.endswith("}")]
             self.file.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= self.step))
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
-
-    def on_signal(self, number, frame):
-        if self.signals and time.time() > self.told + 1:
-            sys.exit(128 + number)  # a second one, unless it is the first one's echo, ends the process at once
-        self.signals, self.told = [*self.signals, number], time.time()
+            signal.signal(number, lambda number, _: setattr(self, "signal", number))
 
     def every(self, steps):
         return steps > 0 and (self.step % steps == 0 or self.step == self.args.steps)
@@ -382,7 +349,7 @@ class Run:
             sys.exit(f"{SCRIPT}.py: not finite at step {self.step}; {self.args.out} keeps the last good checkpoint")
 
     def log(self, **values):
-        """One JSON object a line in log.jsonl, and a line on the terminal."""
+        """The means of `values`: one JSON object a line in log.jsonl, and a line on the terminal."""
         values = {k: torch.as_tensor(v).detach().mean() for k, v in values.items()}
         self.check(values.values())
         pace = (time.time() - self.logged[1]) / max(1, self.step - self.logged[0])  # seconds a step
@@ -391,7 +358,7 @@ class Run:
         row["img_per_s"] = round(self.args.batch / pace, 1)
         if self.args.rank == 0:
             with open(self.file, "a") as file:
-                file.write(json.dumps(row) + "\n")
+                print(json.dumps(row), file=file)
             left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.args.steps - self.step)))
             end = "\r" if sys.stdout.isatty() and self.step < self.args.steps else "\n"
             print("  ".join(f"{k} {v:g}" for k, v in row.items()), f" {left} left", end=end, flush=True)
@@ -411,14 +378,14 @@ class Run:
             dist.barrier()  # the other ranks may read it next
 
     def leave_if_told(self):
-        """After SIGTERM or Ctrl-C: a checkpoint, then the end. Several ranks agree on it, every ten steps."""
-        told = [self.signals]
+        """After SIGTERM or Ctrl-C: a checkpoint, then the end. Several ranks agree on it every ten steps."""
         if self.args.world > 1 and self.every(10):
-            told = [None] * self.args.world
-            dist.all_gather_object(told, self.signals)
-        if any(told) and (self.args.world == 1 or self.every(10)):
+            told = torch.tensor(self.signal, device=self.args.device)
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+            self.signal = int(told)
+        if self.signal and (self.args.world == 1 or self.every(10)):
             self.save()
-            sys.exit(128 + max(told)[0])
+            sys.exit(128 + self.signal)
 
 
 # ------------------------------------------------------------ training
@@ -429,7 +396,7 @@ def build(args):
     latent = (args.z_dim, args.latent_width, args.latent_blocks, args.latent_sn)
     trunk = image_trunk(widths, halvings, args.size, args.attention, args.sn_eps)
     G = Generator(args.G[args.size], args.z_dim, args.embed_dim, 1, args.attention, args.sn_eps)
-    E = Encoder(*backbone(args.encoder, args.encoder_size), args.mlp_width, args.z_dim, args.sigma_bias)
+    E = Encoder(args.encoder, args.encoder_size, args.mlp_width, args.z_dim, args.sigma_bias)
     networks = [G, E, Discriminator(trunk, widths[-1], *latent, f_scale, args.sn_eps)]
     if args.world > 1 and args.device != "cpu":  # statistics of the whole batch, as across the paper's TPU cores
         networks = [nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in networks]
@@ -437,23 +404,21 @@ def build(args):
 
 
 def settle(args, average, inputs=None):
-    """A frozen copy of averaged weights with standing statistics (BigGAN): batch norm's means over the batches of
-    `inputs`, for G over latents."""
-    network = copy.deepcopy(average.module).requires_grad_(False)
+    """A frozen copy of averaged weights, its batch statistics means over `inputs`, of G over latents (BigGAN)."""
+    network = AveragedModel(average.module).module.requires_grad_(False)
     update_bn(inputs or (prior(args, 64, STANDING, i) for i in range(args.standing)), network)
     return network.eval()
 
 
-def images(args, split, batch, first=0, pieces=1, rank=0, world=1):
-    """Endless batches from number `first` on: x [m, 3, encoder_size, encoder_size] for E, and for D the means of x over
-    squares where E has the higher resolution. Labels are not looked at."""
+def images(args, split, batch, first=0, pieces=1, rank=0, world=1, rows=slice(None)):
+    """Endless batches from number `first` on: x [m, 3, S, S] for E, its local means for D, labels for the probe."""
     crop, size = None, args.encoder_size
     if split == "train" and args.crop_area < 1:  # cut from whole pictures
         crop, size = (1, size, (args.crop_area, 1.0), (1 / args.crop_ratio, args.crop_ratio), "bicubic"), None
-    data = load(args.data, split, size, args.root, args.skip_broken)
-    for x, _, _ in batches(data, batch, args.seed, first, pieces, split == "train", crop, args.device, rank, world):
+    data = load(args.data, split, size, args.root, args.skip_broken, rows)
+    for x, y, _ in batches(data, batch, args.seed, first, pieces, split == "train", crop, args.device, rank, world):
         x = x[:, 0] if crop else x
-        yield x, F.avg_pool2d(x, args.encoder_size // args.size)
+        yield x, F.avg_pool2d(x, args.encoder_size // args.size), y
 
 
 def train(args):
@@ -465,21 +430,15 @@ def train(args):
     for network in (G, E, D) if args.compile else ():
         network.compile()
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16")
-
     draws = args.d_steps + (not args.reuse)  # batches a step
-    share = args.batch // (args.world * args.accumulate)  # images a piece
     stream = images(args, "train", args.batch, run.step * draws, args.accumulate, args.rank, args.world)
 
-    def draw(k):
-        """The step's k-th batch, this rank's pieces of it: images for E, the same for D, z, and noise for E. Noise is
-        drawn for the whole batch and cut, so that neither ranks nor pieces change it."""
-        z, noise = (prior(args, args.batch, kind, run.step * draws + k) for kind in (LATENTS, POSTERIOR))
-        cuts = [slice(share * n, share * (n + 1)) for n in range(args.rank, args.world * args.accumulate, args.world)]
-        return [(*next(stream), z[cut], noise[cut]) for cut in cuts]
+    def draw(k):  # this rank's pieces of the step's k-th batch: images for E, for D, and, cut from the whole's, noise
+        whole = (prior(args, args.batch, kind, run.step * draws + k) for kind in (LATENTS, POSTERIOR))
+        pieces = (noise.chunk(args.world * args.accumulate)[args.rank :: args.world] for noise in whole)
+        return [(*next(stream)[:2], z, noise) for z, noise in zip(*pieces, strict=True)]
 
     while run.step < args.steps:
-        for network in (G, E, D):
-            network.train()
         D.requires_grad_(True)
         for k in range(args.d_steps):  # D learns to tell (x, E(x)) from (G(z), z)
             power_iteration(G, D)
@@ -517,18 +476,19 @@ def train(args):
             with torch.no_grad(), autocast:  # pairing: what another image's z changes in s_xz; at 0 E learns nothing
                 matched, shuffled = (D(seen, latents)[2] for latents in (z_hat, z_hat.roll(1, 0)))
                 mu, sigma = E.eval()(x)  # mu_std at 0: all images share one z. In train mode batch norm would move
+            E.train()
             names = [f"{side}_{k}" for side in ("real", "fake") for k in args.scores]
-            scores = dict(zip(names, real + fake, strict=True))
             watch = {"pairing": (matched - shuffled).abs(), "mu_std": mu.std(0), "sigma": sigma, "lr": args.lr_g}
-            run.log(loss_d=loss_d, loss_eg=loss_eg, **scores, **watch)
-        if run.every(args.eval_every):
-            distance, *_ = judge_samples(args, settle(args, G_ema), full=False).values()
-            if distance < run.best:  # GANs collapse late
-                run.best = distance
-                run.save("best.pt")
-        if run.every(args.save_every):
+            run.log(loss_d=loss_d, loss_eg=loss_eg, **dict(zip(names, real + fake, strict=True)), **watch)
+        if run.every(args.save_every) or run.every(args.eval_every):
             run.save()
             picture(args, "samples.png", settle(args, G_ema)(prior(args, 64, PICTURES, 0)))
+        if run.every(args.eval_every):
+            name, value = next(iter(judge_samples(args, settle(args, G_ema), full=False).items()))
+            run.log(**{name: value})
+            if value < run.best:  # GANs collapse late
+                run.best = value
+                run.save("best.pt")
         run.leave_if_told()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
@@ -554,15 +514,14 @@ def restore(args):
 
 
 def sample(args):
-    """samples.png; reconstructions.png: test images, G(E(x)) behind each; interpolations.png: four rows between two
-    latents of the prior, then four between those of two test images."""
+    """samples.png; reconstructions.png: pairs x, G(E(x)); interpolations.png: between drawn latents, then images'."""
     G, E, _ = restore(args)
-    (x, seen), z = next(images(args, "test", 40)), prior(args, 64, PICTURES, 0)
+    (x, seen, _), z = next(images(args, "test", 40)), prior(args, 64, PICTURES, 0)
     z_hat = posterior(args, E, x)
-    picture(args, "samples.png", G(z))
-    picture(args, "reconstructions.png", torch.stack([seen, G(z_hat)], 1).flatten(0, 1), columns=10)
     ends = torch.cat([z[:8], z_hat[:8]]).unflatten(0, (8, 2, 1))
     rows = torch.lerp(ends[:, 0], ends[:, 1], torch.linspace(0, 1, 10, device=z.device)[:, None])
+    picture(args, "samples.png", G(z))
+    picture(args, "reconstructions.png", torch.stack([seen, G(z_hat)], 1).flatten(0, 1), columns=10)
     picture(args, "interpolations.png", G(rows.flatten(0, 1)), columns=10)
 
 
@@ -572,24 +531,31 @@ def judge_samples(args, G, full=True):
     return fid.evaluate(draw, data, args.fid_samples, args.fid_features, args.device, args.fid_weights, full)
 
 
+def probe(args, trunk, untrained):
+    """How well linear classifiers tell classes by E's features: AvePool, and BN + CReLU of it."""
+    read = lambda split, n=None: load(args.data, split, args.encoder_size, args.root, args.skip_broken, slice(n))
+    n = args.probe_samples or None
+    train, test = read("train", n), read("test", n and n // 2)
+    found = linear_probe.evaluate(trunk, train, test, untrained, args.device, crelu=True)
+    if args.sgd_probe:  # the paper's protocol on ImageNet, which holds out 10,000 training images ("train_val")
+        augmented = ((x, y) for x, _, y in images(args, "train", 1024, rows=slice(10_000, None)))
+        data = augmented, read("train", 10_000), read("test")
+        scores = linear_probe.sgd_probe(trunk, *data, args.sgd_probe, args.device)
+        found |= {f"sgd_probe_{k}": value for k, value in scores.items()}
+    return found
+
+
 def evaluate(args):
     """metrics.json: the linear probe of E's features, how well G and E invert each other, FID and its sisters."""
     G, E, state = restore(args)
-    untrained, (x, seen) = build(args), next(images(args, "test", 500))
+    untrained, (x, seen, _) = build(args), next(images(args, "test", 500))
     miss, other = ((seen - G(posterior(args, E, y))).flatten(1).norm(dim=1).mean() for y in (x, x.roll(1, 0)))
     device = torch.cuda.get_device_name() if "cuda" in args.device else f"cpu, {torch.get_num_threads()} threads"
     metrics = {"command": " ".join(sys.argv), "device": device, "torch": torch.__version__, "steps": state["step"]}
     metrics |= {"images": state["step"] * args.batch, "seconds": round(state["seconds"], 1)}
     metrics["parameters"] = {k: sum(p.numel() for p in n.parameters()) for k, n in zip("GED", untrained, strict=True)}
     metrics["reconstruction_error_ratio"] = float(miss / other)  # of x from G(E(x)), over that from G(E(another x))
-
-    def probe():  # AvePool, and BN + CReLU of it
-        train, test = (load(args.data, s, args.encoder_size, args.root, args.skip_broken) for s in ("train", "test"))
-        n = args.probe_samples or len(train)
-        data = (train.take(n), test.take(n // 2))
-        return linear_probe.evaluate(E.trunk, *data, untrained[1].trunk, args.device, crelu=True)
-
-    for measure in (probe, lambda: judge_samples(args, G)):
+    for measure in (lambda: probe(args, E.trunk, untrained[1].trunk), lambda: judge_samples(args, G)):
         try:
             metrics |= measure()
         except UserError as error:  # no labels, no Inception weights, no room for a cache: the run keeps the rest
@@ -598,7 +564,7 @@ def evaluate(args):
     if args.rank == 0:
         (args.out / "metrics.json.tmp").write_text(json.dumps(metrics, indent=1) + "\n")
         os.replace(args.out / "metrics.json.tmp", args.out / "metrics.json")
-        print(f"{args.out}: samples.png, reconstructions.png, interpolations.png, and in metrics.json:")
+        print(f"{args.out} has the pictures, and metrics.json, with among others:")
         for k in (k for k in metrics if k.endswith("top1") or k.startswith(("fid", "fd_", "reconstruction"))):
             print(f"  {k} {metrics[k]:.4g}")
         print("top1: accuracy with E's features, beside untrained_, raw_pixels_, random_features_; fid, fd_random (NOT")
@@ -606,7 +572,6 @@ def evaluate(args):
 
 
 # ------------------------------------------------------------ the command line
-# fmt: off
 FLAGS = {  # those whose defaults are in PRESETS
     "size": "side of G's images, pixels", "encoder_size": "side of E's images, a multiple of --size; 0: the same",
     "encoder": "backbone of E", "steps": "training steps; more of them extend a finished run",
@@ -617,13 +582,12 @@ FLAGS = {  # those whose defaults are in PRESETS
     "save_every": "steps between checkpoints, each with a samples.png", "fid_samples": "samples that FID is taken of",
     "fid_features": "random needs no weights, gives fd_random", "fid_split": "FID's real images",
     "probe_samples": "training images of the linear probe, with half as many test images; 0: all",
-}
+    "sgd_probe": "steps of the papers' linear probe, SGD on augmented images; 0: none",
+}  # fmt: skip
 CHOICES = {"encoder": BACKBONES, "fid_features": ("inception", "random"), "fid_split": ("train", "test")}
-FREE = {  # what may differ between two runs of one checkpoint
-    "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best",
-    "log_every", "save_every", "eval_every", "fid_features", "fid_samples", "fid_split", "fid_weights", "probe_samples",
-}
-# fmt: on
+FREE = (  # what may differ between two runs of one checkpoint: beginnings of names
+    "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best", "log_",
+    "save_", "eval_", "fid_", "probe_", "sgd_")  # fmt: skip
 
 
 def parse():
@@ -659,15 +623,14 @@ def parse():
     parser.set_defaults(preset=preset, out=Path("runs", f"{SCRIPT}-{Path(asked.data).name}"), **PRESETS[preset])
     args = parser.parse_args()
     args.encoder_size = args.encoder_size or args.size
-    for name in ("steps", "batch", "accumulate", "d_steps", "log_every", "save_every", "fid_samples"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: must be at least 0")
+    least = dict.fromkeys(("steps", "batch", "accumulate", "d_steps", "log_every", "save_every", "fid_samples"), 1)
+    for name, bound in ({"seed": 0} | least).items():
+        if not bound <= getattr(args, name) < 2**63:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {bound}")
     if args.size not in args.G or args.encoder_size < 1 or args.encoder_size % args.size:
         raise UserError(f"--size is one of {[*args.G]} with --preset {preset}, and --encoder-size a multiple of it")
     args.z_dim = args.z_chunk * len(args.G[args.size])
-    args.config = {k: v for k, v in vars(args).items() if k not in FREE}
+    args.config = {k: v for k, v in vars(args).items() if not k.startswith(FREE)}
     return args
 
 
@@ -676,7 +639,7 @@ def main():
         args = parse()
         start(args)
         {"train": train, "sample": sample, "eval": evaluate}[args.command](args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

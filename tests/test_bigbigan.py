@@ -90,15 +90,16 @@ def test_parameter_counts_of_the_32_pixel_model():
 
 
 BACKBONES = {"resnet50": 23_500_352, "revnet50": 5_408_640, "revnet50x2": 21_505_792, "revnet50x4": 85_765_632}
+WIDTHS = {"resnet50": 2048, "revnet50": 2048, "revnet50x2": 4096, "revnet50x4": 8192}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbones_of_the_encoder(name):
     with torch.device("meta"):
-        trunk, width = bigbigan.backbone(name, 256)
+        trunk = bigbigan.Encoder(name, 256, 8, 4).trunk
         out = trunk(torch.empty(1, 3, 256, 256))
     assert count(trunk) == BACKBONES[name]
-    assert out.shape == (1, width, 8, 8)
+    assert out.shape == (1, WIDTHS[name], 8, 8)
 
 
 def test_the_largest_encoder():
@@ -372,17 +373,31 @@ def test_attention_by_the_formula():
 
 @pytest.mark.parametrize("cond_dim", [3, 0])
 def test_conditional_batch_norm(cond_dim):
-    norm = bigbigan.ConditionalBatchNorm(1, cond_dim, 2, None)
+    """Before each convolution of a block: gain 1 + g(c), bias b(c)."""
+    affine = lambda n: nn.Linear(cond_dim, n, bias=False) if cond_dim else nn.Embedding(2, n)
+    block, after = bigbigan.GBlock(1, 1, affine, False, None), []
+    (norm, gain, bias, grow, conv), (_, gain2, bias2, _, conv2) = block.layers
     c = torch.randn(4, 3) if cond_dim else torch.tensor([0, 1, 1, 0])
     x, wanted = (
         torch.tensor([1.0, 2, 3, 6]).view(4, 1, 1, 1),
         torch.tensor([-1.0690, -0.5345, 0, 1.6036]).view(4, 1, 1, 1),
     )
-    nn.init.zeros_(norm.gain.weight), nn.init.zeros_(norm.bias.weight)
-    assert torch.allclose(norm(x, c), wanted, atol=1e-4)
-    nn.init.constant_(norm.gain.weight, 0.5), nn.init.constant_(norm.bias.weight, 2.0)
+    grow.register_forward_hook(lambda m, inputs, out: after.append(inputs[0]))
+    for weight in (gain.weight, bias.weight, gain2.weight, bias2.weight, block.skip[0].weight, block.skip[0].bias):
+        nn.init.zeros_(weight)
+    block(x, c)
+    assert torch.allclose(after[0], wanted.relu(), atol=1e-4)
+    nn.init.constant_(gain.weight, 0.5), nn.init.constant_(bias.weight, 2.0)
     s = c.sum(1).view(4, 1, 1, 1) if cond_dim else 1
-    assert torch.allclose(norm(x, c), wanted * (1 + 0.5 * s) + 2 * s, atol=1e-3)
+    block(x, c)
+    assert torch.allclose(after[1], (wanted * (1 + 0.5 * s) + 2 * s).relu(), atol=1e-3)
+    for layer in (conv, conv2):
+        nn.init.dirac_(layer.weight), nn.init.zeros_(layer.bias)
+    nn.init.constant_(bias2.weight, 3.0), nn.init.zeros_(gain.weight), nn.init.zeros_(bias.weight)
+    h = wanted.relu()
+    h = (3 * s + (h - h.mean()) / h.std(correction=0)).relu()
+    out = block(x, c)
+    assert out.shape == (4, 1, 2, 2) and torch.allclose(out, h.expand(4, 1, 2, 2), atol=1e-3)
 
 
 def test_chunks_of_z():
@@ -419,9 +434,8 @@ def test_f_is_a_sum_and_scaled_for_the_pair_alone():
     bigbigan.power_iteration(D.train())
     x, z = torch.randn(3, 3, 8, 8), torch.randn(3, 4)
     with torch.no_grad():
-        f, h, (s_x, s_z, s_xz) = D.features(x), D.H(z), D(x, z)
-        assert torch.allclose(f, F.relu(D.F(x)).flatten(2).sum(2), atol=1e-4)
-        assert torch.allclose(s_x, D.s_x(f)[:, 0]) and torch.allclose(s_z, D.s_z(F.relu(h))[:, 0])
+        f, h, (s_x, s_z, s_xz) = F.relu(D.F(x)).flatten(2).sum(2), D.H(z), D(x, z)
+        assert torch.allclose(s_x, D.s_x(f)[:, 0], atol=1e-5) and torch.allclose(s_z, D.s_z(F.relu(h))[:, 0])
         assert torch.allclose(s_xz, D.s_xz(F.relu(D.J(torch.cat([f / 8, h], 1))))[:, 0], atol=1e-5)
         D.f_scale = 1.0
         assert torch.equal(D(x, z)[0], s_x) and not torch.allclose(D(x, z)[2], s_xz, rtol=0.01)
@@ -466,7 +480,7 @@ def test_images_enter_d_without_relu():
 )
 def test_pre_activated_units(kind, cin, cout, stride):
     """Pre-activation: where the shape changes the skip is a convolution of relu(bn(x)), else x itself."""
-    unit, x = randomize(bigbigan.residual_unit(kind, cin, cout, stride)).eval(), torch.randn(2, cin, 8, 8)
+    unit, x = randomize(bigbigan.unit(kind, cin, cout, stride)).eval(), torch.randn(2, cin, 8, 8)
     convs = [m for m in unit.modules() if isinstance(m, nn.Conv2d)]
     norms = [m for m in unit.modules() if isinstance(m, nn.BatchNorm2d)]
     changes = stride > 1 or cin != cout
@@ -483,11 +497,14 @@ def test_pre_activated_units(kind, cin, cout, stride):
 
 
 def test_reversible_unit():
-    unit, x = randomize(bigbigan.ReversibleUnit(64)).eval(), torch.randn(2, 64, 4, 4)
+    unit, x = (
+        randomize(bigbigan.Reversible(*bigbigan.unit("bottleneck", 32, 32).branch)).eval(),
+        torch.randn(2, 64, 4, 4),
+    )
     y2, y1 = unit(x).chunk(2, 1)
     x1, x2 = x.chunk(2, 1)
     assert torch.equal(y2, x2) and not torch.allclose(y1, x1, atol=1e-2)
-    assert torch.allclose(y1 - unit.R(y2), x1, atol=1e-5)  # the inverse
+    assert torch.allclose(y1 - nn.Sequential.forward(unit, y2), x1, atol=1e-5)  # the inverse
     nn.init.zeros_([m for m in unit.modules() if isinstance(m, nn.Conv2d)][-1].weight)
     assert torch.equal(unit(x), torch.cat([x2, x1], 1))
 
@@ -495,7 +512,7 @@ def test_reversible_unit():
 def test_between_reversible_stages():
     """Half the size by averaging, twice the channels by zeros on both sides."""
     with torch.device("meta"):
-        trunk, _ = bigbigan.backbone("revnet50", 256)
+        trunk = bigbigan.Encoder("revnet50", 256, 8, 4).trunk
     at = next(i for i, m in enumerate(trunk) if isinstance(m, nn.AvgPool2d))
     x = torch.randn(2, 256, 8, 8)
     out = trunk[at + 1](trunk[at](x))
@@ -507,7 +524,7 @@ def test_between_reversible_stages():
 def test_stems():
     """ImageNet's from 96 pixels on; on small images a convolution that keeps the map, but for the demo."""
     for name, size, shape in (("resnet50", 256, 64), ("resnet18", 32, 32), ("resnet10", 32, 16), ("resnet18", 96, 24)):
-        trunk, _ = bigbigan.backbone(name, size)
+        trunk = bigbigan.Encoder(name, size, 8, 4).trunk
         found = []
         unit = next(i for i, m in enumerate(trunk) if not isinstance(m, nn.Conv2d | nn.MaxPool2d))
         trunk[unit].register_forward_pre_hook(lambda m, inputs, found=found: found.append(inputs[0].shape[2]))
@@ -518,7 +535,7 @@ def test_stems():
 def test_encoder_starts_as_documented():
     _, E, _ = bigbigan.build(arguments())
     assert torch.equal(E.head.bias, torch.tensor([0.0] * 32 + [-1.0] * 32))  # the demo's sigma starts at 0.31
-    E = bigbigan.Encoder(*bigbigan.backbone("resnet10", 32), 64, 8)
+    E = bigbigan.Encoder("resnet10", 32, 64, 8)
     conv = next(m for m in E.trunk.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3)
     assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / conv.weight[0].numel()), rel=0.1)  # He
     assert torch.equal(E.head.bias, torch.zeros(16))
@@ -543,7 +560,7 @@ def test_settled_generator_does_not_look_at_the_batch():
 
 
 # ------------------------------------------------------------ the loop
-def toy(name, split, size, root, skip_broken):
+def toy(name, split, size, root, skip_broken, rows=slice(None)):
     """64 pictures of noise and no labels."""
     images = torch.randint(256, (64, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return Data("toy", split, size, images, f"toy{split}", root)
@@ -713,12 +730,12 @@ def test_watched_numbers(train):
 def test_d_sees_the_means_of_what_e_sees(monkeypatch):
     monkeypatch.setattr(bigbigan, "load", toy)
     args = arguments("--encoder-size", 64)
-    x, seen = next(bigbigan.images(args, "train", 4))
+    x, seen, _ = next(bigbigan.images(args, "train", 4))
     assert x.shape == (4, 3, 64, 64) and seen.shape == (4, 3, 32, 32)
     means = x.numpy().astype(float).reshape(4, 3, 32, 2, 32, 2).mean((3, 5))
     assert np.allclose(seen, means, atol=1e-6)
     args = arguments()
-    x, seen = next(bigbigan.images(args, "train", 4))
+    x, seen, _ = next(bigbigan.images(args, "train", 4))
     assert torch.equal(x, seen)
 
 
@@ -730,7 +747,7 @@ def test_crops_are_of_whole_pictures(tmp_path):
     args = arguments(
         "--data", tmp_path, "--preset", "demo", "--root", tmp_path / "root", "--encoder-size", 64, "--crop-area", 0.08
     )
-    (x, seen), (y, _) = islice(bigbigan.images(args, "train", 4), 2)
+    (x, seen, _), (y, _, _) = islice(bigbigan.images(args, "train", 4), 2)
     assert x.shape == (4, 3, 64, 64) and torch.allclose(seen, F.avg_pool2d(x, 2), atol=1e-6)
     assert x.min() >= -1 and x.max() <= 1 and not torch.equal(x, y)
 
@@ -749,7 +766,7 @@ def test_pictures_and_reconstruction_error(train, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(bigbigan, "load", toy)
     bigbigan.sample(args)
-    (x, seen), (G, E, _) = next(bigbigan.images(args, "test", 40)), bigbigan.restore(args)
+    (x, seen, _), (G, E, _) = next(bigbigan.images(args, "test", 40)), bigbigan.restore(args)
     pairs = untile(args.out / "reconstructions.png", 10)
     with torch.no_grad():
         again, mu = G(E(x)[0]), E(x)[0]
@@ -763,7 +780,7 @@ def test_pictures_and_reconstruction_error(train, monkeypatch):
     monkeypatch.setattr(bigbigan.fid, "evaluate", lambda *args, **options: {"fd_random": 1.0})
     bigbigan.evaluate(args)
     metrics = json.loads((args.out / "metrics.json").read_text())
-    x, seen = next(bigbigan.images(args, "test", 500))
+    x, seen, _ = next(bigbigan.images(args, "test", 500))
     with torch.no_grad():
         again = G(E(x)[0])
         miss, other = (float((seen - y).square().sum((1, 2, 3)).sqrt().mean()) for y in (again, again.roll(1, 0)))
@@ -793,10 +810,10 @@ def test_it_learns(monkeypatch, tmp_path, root, one_thread):
     bigbigan.train(args)
     G, E, _ = bigbigan.restore(args)
     with torch.no_grad():
-        x, seen = next(bigbigan.images(args, "test", 500))
+        x, seen, _ = next(bigbigan.images(args, "test", 500))
         again = G(bigbigan.posterior(args, E, x))
     miss, other = ((seen - y).flatten(1).norm(dim=1).mean() for y in (again, again.roll(1, 0)))
-    train, test = load("shapes", "train", 32, root).take(2000), load("shapes", "test", 32, root).take(1000)
+    train, test = (load("shapes", split, 32, root, rows=slice(n)) for split, n in (("train", 2000), ("test", 1000)))
 
     def accuracy(trunk):
         return linear_probe.probe(linear_probe.extract(trunk, train), linear_probe.extract(trunk, test))["top1"]

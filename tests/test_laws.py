@@ -15,8 +15,8 @@ from conftest import ROOT, SCRIPTS
 THIRD_PARTY = {"torch", "numpy", "torchvision", "common"}
 TOP_LEVEL = {"README.md", "requirements.txt", "LICENSE", ".gitignore", ".ci", "common", "assets", "tests"}
 LOCAL = {"data", "runs"}  # made by use, and ignored by git
-LINES = {"bigbigan": 690}  # to come down to 550
-COMMON = 1100  # to come down to 1,000
+LINES = {"bigbigan": 660}  # to come down to 550
+COMMON = 1040  # to come down to 1,000
 
 
 def modules(source):

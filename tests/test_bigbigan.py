@@ -376,7 +376,7 @@ def test_conditional_batch_norm(cond_dim):
     """Before each convolution of a block: gain 1 + g(c), bias b(c)."""
     affine = lambda n: nn.Linear(cond_dim, n, bias=False) if cond_dim else nn.Embedding(2, n)
     block, after = bigbigan.GBlock(1, 1, affine, False, None), []
-    (norm, gain, bias, grow, conv), (_, gain2, bias2, _, conv2) = block.layers
+    (_, gain, bias, grow, conv), (_, gain2, bias2, _, conv2) = block.layers
     c = torch.randn(4, 3) if cond_dim else torch.tensor([0, 1, 1, 0])
     x, wanted = (
         torch.tensor([1.0, 2, 3, 6]).view(4, 1, 1, 1),

@@ -32,8 +32,9 @@ from PIL import Image
 STEPS = 6
 COMMON = ["--device", "cpu", "--preset", "demo", "--batch", 8, "--log-every", 1, "--save-every", 2]
 COMMON += ["--probe-samples", 200]
-FLAGS = {}  # script: further flags that make it tiny
+FLAGS = {"biggan": ["--sweep-samples", 64]}  # script: further flags that make it tiny
 NO_SAMPLES = ("byol", "dim")  # they generate nothing: probes, and no FID
+SCHEDULED = ("byol",)  # their rates fall towards the last of --steps, so to extend a run is another run
 SUPERVISED = ("biggan",)  # they learn from labels, and must refuse a set that has none
 TIMES = {"seconds", "best"}  # of a checkpoint: what may differ between equal runs
 
@@ -316,7 +317,7 @@ def test_a_folder_from_first_to_last(script, start, tmp_path, pictures):
     extended = trained(start(*words, "--steps", 4), folder, 4)
     assert [row["step"] for row in logged(folder)] == [1, 2, 3, 4]
     at_once = trained(start("--data", pictures, "--steps", 4, "--out", "other"), tmp_path / "other", 4)
-    assert not differences(extended, at_once)
+    assert bool(differences(extended, at_once)) == (script in SCHEDULED)
 
 
 def test_evaluation_without_inception_weights(script, start, tmp_path, pictures):
@@ -447,7 +448,7 @@ def test_not_finite_ends_it(start, tmp_path, finished):
     run = start(before=poison)
     assert run.wait() == 1
     error = run.text("err").strip()
-    assert len(error.splitlines()) == 1 and "finite" in error and "5" in error, error
+    assert len(error.splitlines()) == 1 and re.search("finite at step [56]", error), error
     state = checkpoint(tmp_path / "run")
     assert state["step"] == 4
     assert not [key for key, value in leaves(state) if torch.is_tensor(value) and not value.isfinite().all()]

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/augment.py [--data shapes] [--root data] [--preset small] [--device cpu]
 
-The same operators, as likely, on the same pictures: crop, flip, jitter, greyscale, (blur at 224,) solarise, and then
-normalised. torchvision works on Pillow's pictures, as in every recipe, in as many workers as there are cores. Each figure
-is the best of three rounds after a warm-up.
+The same operators, as likely, on the same pictures: crop, flip, jitter, greyscale, (blur at 224,) solarise, normalise.
+torchvision works on Pillow's pictures, as in every recipe, in as many workers as there are cores. Each figure is the
+best of three rounds after a warm-up.
 """
 
 import argparse

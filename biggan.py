@@ -6,7 +6,7 @@ that projects on the class. One embedding of the class serves all of G's batch n
 block. An orthogonal penalty on G's weights lets z be drawn from a truncated normal at sampling time: one knob that
 trades variety for fidelity. Such GANs collapse late in training, so signs of it are logged and the best kept.
 
-    python biggan.py                                        # rendered shapes, five CPU minutes: pictures and numbers
+    python biggan.py                                        # rendered shapes on a CPU: pictures and numbers
     python biggan.py --data cifar10                         # the CIFAR-10 model on one GPU
     torchrun --nproc_per_node 8 biggan.py --data imagenet   # the paper's model; with --deep BigGAN-deep
 """
@@ -54,7 +54,7 @@ PAPER = dict(  # Table 1's last row at 128x128; what it does not state (the aver
 SMALL = PAPER | dict(  # the authors' CIFAR-10 recipe (launch_cifar_ema.sh): no shared embedding, z whole
     size=32, ch=64, embed_dim=0, init_std=0.02, steps=125_000, batch=50, d_steps=4, lr_g=2e-4, sn_eps=1e-8, bn_eps=1e-5,
     ortho=0.0, ema_start=1000, save_every=2000, probe_samples=0, classifier_steps=5000)
-DEMO = SMALL | dict(  # five minutes on two CPU cores, found by experiment
+DEMO = SMALL | dict(  # for a CPU; 1000 steps draw colours and blobs, but not yet the classes that were asked for
     layouts=LAYOUTS | {32: ((4, 4, 2, 1), (1, 2, 4, 4), 3, 32, 0), 64: ((4, 4, 4, 2, 1), (1, 2, 4, 4, 4), 4, 40, 0)},
     ch=16, embed_dim=32, init_std=0.0, steps=1000, batch=32, d_steps=1, lr_d=1e-3, lr_g=4e-4, betas=(0.0, 0.99),
     sn_eps=1e-6, ema=0.995, ema_start=200, standing=20, log_every=50, save_every=500,

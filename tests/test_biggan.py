@@ -1,7 +1,7 @@
 """biggan.py against its paper: parameter counts, parity with the authors' code, losses, the two players' gradients,
-truncation, standing statistics, pictures and numbers, and that it learns.
+truncation, standing statistics, pictures and numbers. That it learns is not tested here.
 
-About a minute on one core, half of it the shortened demo.
+About two minutes on one core.
 """
 
 import json

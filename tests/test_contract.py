@@ -32,7 +32,7 @@ from PIL import Image
 STEPS = 6
 COMMON = ["--device", "cpu", "--preset", "demo", "--batch", 8, "--log-every", 1, "--save-every", 2]
 COMMON += ["--probe-samples", 200]
-FLAGS = {"biggan": ["--sweep-samples", 64]}  # script: further flags that make it tiny
+FLAGS = {"biggan": ["--sweep-samples", 64, "--classifier-steps", 20]}  # script: further flags that make it tiny
 NO_SAMPLES = ("byol", "dim")  # they generate nothing: probes, and no FID
 SCHEDULED = ("byol",)  # their rates fall towards the last of --steps, so to extend a run is another run
 SUPERVISED = ("biggan",)  # they learn from labels, and must refuse a set that has none

@@ -29,8 +29,9 @@ def answers(data, rows):
 def classifier(data, seconds):
     """A residual network trained on data for so many seconds: x [B, 3, 32, 32] -> guesses [3, B]."""
     torch.manual_seed(0)
-    trunk, width = bigbigan.backbone("resnet10", data.size)
-    net = nn.Sequential(trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, sum(HEADS)))
+    trunk = bigbigan.Encoder("resnet10", data.size, mlp_width=8, z_dim=8).trunk
+    net = nn.Sequential(trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(sum(HEADS)))
+    net(torch.zeros(2, 3, data.size, data.size))  # makes the last layer
     net = net.to(memory_format=torch.channels_last)
     optimiser, start = torch.optim.AdamW(net.parameters(), 2e-3), time.monotonic()
     for x, _, rows in batches(data, 64, seed=0):

@@ -441,10 +441,7 @@ def train(args):
         G.bias.data.copy_((seen.mean(0) / 2 + 0.5).clamp(1e-7, 1 - 1e-7).logit())
     G_ema, E_ema, D_ema = (AveragedModel(n, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) for n in (G, E, D))
     parameters = [p for network in (G, E, D) for p in network.parameters()]
-    kinds = (
-        (args.decay, (2, 4)),
-        (0.0, (1, 3)),
-    )  # L2 in the gradient: of matrices and kernels, not of gains and biases
+    kinds = (args.decay, (2, 4)), (0.0, (1, 3))  # L2 in the gradient, of matrices and kernels, not gains and biases
     groups = [{"params": [p for p in parameters if p.ndim in n], "weight_decay": decay} for decay, n in kinds]
     optimiser = torch.optim.Adam(groups, args.lr, args.betas, fused=True)
     run = Run(args, G=G, E=E, D=D, G_ema=G_ema, E_ema=E_ema, D_ema=D_ema, optimiser=optimiser)

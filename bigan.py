@@ -656,11 +656,9 @@ FLAGS = {  # those whose defaults are in PRESETS
     "probe_samples": "training images of the linear probe, with half as many test images; 0: all",
 }
 CHOICES = {"fid_features": ("inception", "random"), "fid_split": ("train", "test")}
-FREE = {  # what may differ between two runs of one checkpoint
-    "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best",
-    "log_every", "save_every", "eval_every", "fid_features", "fid_samples", "fid_split", "fid_weights", "probe_samples",
-    "alpha",
-}
+FREE = (  # what may differ between two runs of one checkpoint: beginnings of names
+    "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best", "log_",
+    "save_", "eval_", "fid_", "probe_", "alpha")
 # fmt: on
 
 
@@ -697,11 +695,10 @@ def parse():
     parser.set_defaults(preset=preset, out=Path("runs", f"{SCRIPT}-{Path(asked.data).name}"), **defaults)
     args = parser.parse_args()
     args.encoder_size = args.encoder_size or args.size
-    for name in ("steps", "batch", "accumulate", "z_dim", "log_every", "save_every", "fid_samples"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: must be at least 0")
+    least = dict.fromkeys(("steps", "batch", "accumulate", "z_dim", "log_every", "save_every", "fid_samples"), 1)
+    for name, bound in ({"seed": 0} | least).items():
+        if not bound <= getattr(args, name) < 2**63:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {bound}")
     name, _ = args.networks.get(args.size, ("", {}))
     larger = args.encoder_size > args.size and (name != "conv" or args.method != "bigan")  # regressors' E sees G(z)
     if not name or args.encoder_size < args.size or larger:
@@ -709,7 +706,7 @@ def parse():
         raise UserError(f"{flags}: --size is one of {[*args.networks]}; E's is the same, or more if that is 64")
     if 0 < args.crop_from < args.encoder_size:
         raise UserError(f"--crop-from {args.crop_from}: must be at least --encoder-size {args.encoder_size}, or 0")
-    args.config = {k: v for k, v in vars(args).items() if k not in FREE}
+    args.config = {k: v for k, v in vars(args).items() if not k.startswith(FREE)}
     return args
 
 

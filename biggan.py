@@ -507,7 +507,7 @@ def train(args):
             run.log(loss_d=loss_d, loss_g=loss_g, real=real, fake=fake, **watch(args, G, D, x, z, c), lr=args.lr_g)
         if run.every(args.save_every):
             run.save()
-            picture(args, "samples.png", class_rows(args, settle(args, G_ema))[0], columns=10)
+            picture(args, "samples.png", class_rows(args, settle(args, G_ema)), columns=10)
         if run.every(args.eval_every):
             run.save()
             name, value = next(iter(judge_samples(args, settle(args, G_ema), full=False).items()))
@@ -543,20 +543,18 @@ def restore(args):
 
 
 def class_rows(args, G, truncation=math.inf):
-    """Ten samples each of ten classes, or of all if they are fewer: [100, 3, S, S]; and their classes [100]."""
+    """Ten samples each of ten classes, or of all if they are fewer: [100, 3, S, S]."""
     c = torch.linspace(0, args.classes - 1, min(10, args.classes)).long().repeat_interleave(10).to(args.device)
-    return generate(args, G, prior(args, len(c), PICTURES, 0, truncation=truncation)[0], c), c
+    return generate(args, G, prior(args, len(c), PICTURES, 0, truncation=truncation)[0], c)
 
 
 def sample(args):
     """samples.png: a row a class. truncation.png: two classes, for each a row without truncation and one a threshold.
     interpolations.png: four rows each between two z, two classes, and both at once; without a shared embedding nothing
-    lies between classes. neighbours.png: a sample a class and, behind it, the training images of its class that are
-    nearest in pixels; copies would mean that G has learnt by heart."""
+    lies between classes."""
     average, _, _ = restore(args)
     G = settle(args, average, args.truncation)
-    samples, classes = class_rows(args, G, args.truncation)
-    rows = [class_rows(args, settle(args, average, t), t)[0].split(10) for t in (math.inf, *TRUNCATIONS)]
+    rows = [class_rows(args, settle(args, average, t), t).split(10) for t in (math.inf, *TRUNCATIONS)]
     z, t = prior(args, 24, PICTURES, 1, truncation=args.truncation)[0].view(12, 2, -1), torch.linspace(0, 1, 10)
     c = torch.arange(24, device=args.device).view(12, 2) % args.classes
     z[4:8, 1], c[:4, 1] = z[4:8, 0], c[:4, 0]
@@ -565,15 +563,9 @@ def sample(args):
         mixed = G(between(z), between(G.embed(c)))
     else:
         mixed = G(between(z[:4]), c[:4, 0].repeat_interleave(10))
-    data, near = load(args.data, "train", args.size, args.root, args.skip_broken), []
-    for x, y in zip(samples[::10], classes[::10].cpu(), strict=True):
-        real = data.images[(data.labels == y).nonzero()[:, 0]].to(args.device).permute(0, 3, 1, 2) / 127.5 - 1
-        order = (real - x).flatten(1).norm(dim=1).argsort()
-        near += [x[None], real[order[torch.arange(9) % len(order)]]]
-    picture(args, "samples.png", samples, columns=10)
+    picture(args, "samples.png", class_rows(args, G, args.truncation), columns=10)
     picture(args, "truncation.png", torch.cat([row[i] for i in (0, -1) for row in rows]), columns=10)
     picture(args, "interpolations.png", mixed, columns=10)
-    picture(args, "neighbours.png", torch.cat(near), columns=10)
 
 
 def judge_samples(args, G, full=True):
@@ -677,11 +669,10 @@ FLAGS = {  # those whose defaults are in PRESETS
     "classifier_steps": "training steps of the network that names the samples' classes; 0: none",
 }
 CHOICES = {"fid_features": ("inception", "random"), "fid_split": ("train", "test")}
-FREE = {  # what may differ between two runs of one checkpoint
-    "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best",
-    "log_every", "save_every", "eval_every", "fid_features", "fid_samples", "fid_split", "fid_weights", "probe_samples",
-    "sweep_samples", "classifier_steps", "truncation",
-}
+FREE = (  # what may differ between two runs of one checkpoint: beginnings of names
+    "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best", "log_",
+    "save_", "eval_", "fid_", "probe_", "sweep_", "classifier_",
+    "truncation")
 # fmt: on
 
 
@@ -716,16 +707,17 @@ def parse():
     parser.set_defaults(preset=preset, out=Path("runs", f"{SCRIPT}-{Path(asked.data).name}"), **PRESETS[preset])
     parser.set_defaults(**DEEP[preset] if asked.deep else {})
     args = parser.parse_args()
-    least = {"ch": 8, "embed_dim": int(args.deep), "sweep_samples": 10, "truncation": 0.01}
-    for name in ("steps", "batch", "accumulate", "d_steps", "log_every", "save_every", "fid_samples", *least):
-        if getattr(args, name) < least.get(name, 1):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least.get(name, 1)}")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: must be at least 0")
+    least = dict.fromkeys(("steps", "batch", "accumulate", "d_steps", "log_every", "save_every", "fid_samples"), 1)
+    least |= {"seed": 0, "ch": 8, "embed_dim": int(args.deep), "sweep_samples": 10}
+    for name, bound in least.items():
+        if not bound <= getattr(args, name) < 2**63:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {bound}")
+    if not args.truncation >= 0.01:
+        raise UserError(f"--truncation {args.truncation}: must be at least 0.01")
     if args.size not in args.layouts:
         raise UserError(f"--size {args.size}: is one of {[*args.layouts]}")
     args.z_dim = args.embed_dim if args.deep else args.layouts[args.size][3]  # BigGAN-deep: 128 both
-    args.config = {k: v for k, v in vars(args).items() if k not in FREE}
+    args.config = {k: v for k, v in vars(args).items() if not k.startswith(FREE)}
     return args
 
 

@@ -542,10 +542,9 @@ FLAGS = {  # those whose defaults are in PRESETS
     "sgd_probe": "steps of the papers' linear probe, SGD on augmented images; 0: none",
 }
 CHOICES = {"encoder": ENCODERS, "optimiser": ("lars", "adamw")}
-FREE = {  # what may differ between two runs of one checkpoint
-    "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best",
-    "log_every", "save_every", "eval_every", "probe_samples", "sgd_probe",
-}
+FREE = (  # what may differ between two runs of one checkpoint: beginnings of names
+    "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best", "log_",
+    "save_", "eval_", "probe_", "sgd_")
 # fmt: on
 
 
@@ -582,11 +581,10 @@ def parse():
     parser.set_defaults(preset=preset, out=Path("runs", f"{SCRIPT}-{Path(asked.data).name}"), **PRESETS[preset])
     parser.set_defaults(grey=asked.data in GREY)
     args = parser.parse_args()
-    for name in ("steps", "batch", "accumulate", "log_every", "save_every", "width"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: must be at least 0")
+    least = dict.fromkeys(("steps", "batch", "accumulate", "log_every", "save_every", "width"), 1)
+    for name, bound in ({"seed": 0} | least).items():
+        if not bound <= getattr(args, name) < 2**63:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {bound}")
     if args.size < 16 or args.size % 16:
         raise UserError(f"--size {args.size}: must be a multiple of 16")
     if args.batch < 2 * args.accumulate:
@@ -595,7 +593,7 @@ def parse():
         raise UserError(f"--steps {args.steps}: nothing is learnt after --horizon {args.horizon}")
     views = GREY_VIEWS if args.grey else args.views
     args.views = [{name: p for name, p in view.items() if name not in args.without} for view in views]
-    args.config = {k: v for k, v in vars(args).items() if k not in FREE}
+    args.config = {k: v for k, v in vars(args).items() if not k.startswith(FREE)}
     return args
 
 

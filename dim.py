@@ -609,10 +609,9 @@ FLAGS = {  # those whose defaults are in PRESETS
     "probe_samples": "training images of the evaluation, with half as many test images; 0: all",
 }
 CHOICES = {"measure": ("jsd", "infonce", "dv"), "critic": ("dot", "concat")}
-FREE = {  # what may differ between two runs of one checkpoint
-    "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best",
-    "log_every", "save_every", "eval_every", "probe_samples", "fits", "fit_lr", "decoder_width", "finetune",
-}
+FREE = (  # what may differ between two runs of one checkpoint: beginnings of names
+    "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best", "log_",
+    "save_", "eval_", "probe_", "fit", "decoder_", "finetune")
 # fmt: on
 
 
@@ -647,17 +646,16 @@ def parse():
     if asked.data == "stl10":  # common.data has its labelled training images only, not the paper's 100,000 others
         parser.set_defaults(crop=4 / 9)  # 64x64 of 96x96 pixels
     args = parser.parse_args()
-    for name in ("steps", "batch", "accumulate", "units", "hidden", "log_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: must be at least 0")
+    least = dict.fromkeys(("steps", "batch", "accumulate", "units", "hidden", "log_every", "save_every"), 1)
+    for name, bound in ({"seed": 0} | least).items():
+        if not bound <= getattr(args, name) < 2**63:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {bound}")
     if args.size not in args.encoders:
         raise UserError(f"--size is one of {[*args.encoders]} with --preset {preset}")
     if not (args.alpha or args.beta):
         raise UserError("--alpha 0 --beta 0 leaves nothing to learn: one of them must be larger")
     args.weights = {"global": args.alpha, "local": args.beta, "prior": args.gamma}
-    args.config = {k: v for k, v in vars(args).items() if k not in FREE}
+    args.config = {k: v for k, v in vars(args).items() if not k.startswith(FREE)}
     return args
 
 

@@ -747,13 +747,6 @@ def test_pictures(trained):
             x = G((1 - t) * first + t * last, (1 - t) * E[of : of + 1] + t * E[to : to + 1])
             assert same(between[row, column], x[0]), (row, column)
 
-    near, data = untile(args.out / "neighbours.png"), toy("toy", "train", 32, "", False)
-    pictures = data.images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    assert same(near[:, 0], rows[:, 0])
-    distances = (pictures[: 8 * 10] - near[4, 0]).square().sum((1, 2, 3))
-    distances[data.labels != 4] = math.inf
-    assert same(near[4, 1:9], pictures[distances.argsort()[:8]])  # all there are of the class; then from the first
-
 
 def test_pictures_without_a_shared_embedding(trained):
     args = trained("--embed-dim", 0)

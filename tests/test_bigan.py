@@ -711,4 +711,4 @@ def test_it_learns(monkeypatch, tmp_path, root, one_thread):
 
     before, after = ratio(*(network.eval() for network in bigan.build(args)[:2])), ratio(*bigan.restore(args)[:2])
     print(f"reconstruction error ratio {before:.3f} -> {after:.3f} after {STEPS} steps")
-    assert after < 0.8, f"reconstructions are no nearer to their images than to others: {after:.3f}"
+    assert after < 0.7, f"reconstructions are no nearer to their images than to others: {after:.3f}"

@@ -696,9 +696,12 @@ def parse():
     args = parser.parse_args()
     args.encoder_size = args.encoder_size or args.size
     least = dict.fromkeys(("steps", "batch", "accumulate", "z_dim", "log_every", "save_every", "fid_samples"), 1)
-    for name, bound in ({"seed": 0} | least).items():
-        if not bound <= getattr(args, name) < 2**63:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {bound}")
+    least["log_sigma"] = -math.inf
+    most = {"ema": 1, "seed": 2**63 - 1}
+    for name, value in vars(args).items():
+        low, high = least.get(name, 0), most.get(name, math.inf)
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
     name, _ = args.networks.get(args.size, ("", {}))
     larger = args.encoder_size > args.size and (name != "conv" or args.method != "bigan")  # regressors' E sees G(z)
     if not name or args.encoder_size < args.size or larger:

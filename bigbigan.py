@@ -624,9 +624,12 @@ def parse():
     args = parser.parse_args()
     args.encoder_size = args.encoder_size or args.size
     least = dict.fromkeys(("steps", "batch", "accumulate", "d_steps", "log_every", "save_every", "fid_samples"), 1)
-    for name, bound in ({"seed": 0} | least).items():
-        if not bound <= getattr(args, name) < 2**63:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {bound}")
+    least |= {"crop_area": 0.01, "sigma_bias": -math.inf}
+    most = {"ema": 1, "crop_area": 1, "seed": 2**63 - 1}
+    for name, value in vars(args).items():
+        low, high = least.get(name, 0), most.get(name, math.inf)
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
     if args.size not in args.G or args.encoder_size < 1 or args.encoder_size % args.size:
         raise UserError(f"--size is one of {[*args.G]} with --preset {preset}, and --encoder-size a multiple of it")
     args.z_dim = args.z_chunk * len(args.G[args.size])

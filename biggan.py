@@ -708,10 +708,12 @@ def parse():
     parser.set_defaults(**DEEP[preset] if asked.deep else {})
     args = parser.parse_args()
     least = dict.fromkeys(("steps", "batch", "accumulate", "d_steps", "log_every", "save_every", "fid_samples"), 1)
-    least |= {"seed": 0, "ch": 8, "embed_dim": int(args.deep), "sweep_samples": 10}
-    for name, bound in least.items():
-        if not bound <= getattr(args, name) < 2**63:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {bound}")
+    least |= {"ch": 8, "embed_dim": int(args.deep), "sweep_samples": 10}
+    most = {"ema": 1, "seed": 2**63 - 1}
+    for name, value in vars(args).items():
+        low, high = least.get(name, 0), most.get(name, math.inf)
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
     if not args.truncation >= 0.01:
         raise UserError(f"--truncation {args.truncation}: must be at least 0.01")
     if args.size not in args.layouts:

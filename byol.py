@@ -582,9 +582,12 @@ def parse():
     parser.set_defaults(grey=asked.data in GREY)
     args = parser.parse_args()
     least = dict.fromkeys(("steps", "batch", "accumulate", "log_every", "save_every", "width"), 1)
-    for name, bound in ({"seed": 0} | least).items():
-        if not bound <= getattr(args, name) < 2**63:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {bound}")
+    least["crop_area"] = 0.01
+    most = {"tau": 1, "crop_area": 1, "seed": 2**63 - 1}
+    for name, value in vars(args).items():
+        low, high = least.get(name, 0), most.get(name, math.inf)
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
     if args.size < 16 or args.size % 16:
         raise UserError(f"--size {args.size}: must be a multiple of 16")
     if args.batch < 2 * args.accumulate:

@@ -647,9 +647,11 @@ def parse():
         parser.set_defaults(crop=4 / 9)  # 64x64 of 96x96 pixels
     args = parser.parse_args()
     least = dict.fromkeys(("steps", "batch", "accumulate", "units", "hidden", "log_every", "save_every"), 1)
-    for name, bound in ({"seed": 0} | least).items():
-        if not bound <= getattr(args, name) < 2**63:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {bound}")
+    most = {"seed": 2**63 - 1}
+    for name, value in vars(args).items():
+        low, high = least.get(name, 0), most.get(name, math.inf)
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
     if args.size not in args.encoders:
         raise UserError(f"--size is one of {[*args.encoders]} with --preset {preset}")
     if not (args.alpha or args.beta):

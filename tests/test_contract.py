@@ -370,6 +370,7 @@ REFUSED = {  # flags, and what the line must say
     "unknown flag": (["--frobnicate"], ["--frobnicate"]),
     "not a number": (["--steps", "many"], ["steps", "many"]),
     "negative seed": (["--seed", -1], ["seed"]),
+    "negative number": (["--probe-samples", -2], ["probe-samples"]),
     "no folder": (["--out", "file"], ["file"]),
     "unknown preset": (["--preset", "huge"], ["huge", "demo", "small", "paper"]),
 }

@@ -464,7 +464,8 @@ def batches(data, batch, seed, start=0, pieces=1, flip=True, crop=None, device="
             i, u, x = (part.to(device, non_blocking=True) for part in item)
             mirror = (u[..., -1] < 0.5) & flips  # [m, views]
             if crop and images is not None:
-                x = (x.movedim(-1, -3) / 127.5 - 1).repeat_interleave(views, 0)  # [m * views, 3, S, S]
+                x = x.transpose(-1, -2).repeat_interleave(views, 0)  # row by row, as resized_crop multiplies
+                x = (x / 127.5 - 1).transpose(1, 2)  # [m * views, 3, S, S]
                 box = crop_boxes(u.flatten(0, 1), *x.shape[2:], scale, ratio)
                 x = resized_crop(x, box, side, filter, mirror.flatten()).clamp_(-1, 1)
                 x = x.contiguous(memory_format=torch.channels_last).unflatten(0, (-1, views))
@@ -498,18 +499,19 @@ def resized_crop(x, box, size, filter="bicubic", flip=None):
     box [B, 4]: top, left, height, width; flip [B] bool: mirror the result, [B, 3, size, size], which is not clamped.
     """
 
-    def matrix(start, length, n):  # weights [B, size, n] of n pixels in the outputs
+    def matrix(start, length, n, mirror=None):  # weights [B, size, n] of n pixels in the outputs
         start, scale = start.float()[:, None, None], length.float()[:, None, None] / size
-        pixel, out = (torch.arange(count, device=x.device) + 0.5 for count in (n, size))
-        t = ((pixel - start - out[:, None] * scale) / scale.clamp(min=1)).abs()  # distance in the filter's units
+        pixel, out = torch.arange(n, device=x.device) + 0.5, torch.arange(size, device=x.device)[:, None] + 0.5
+        if mirror is not None:
+            out = torch.where(mirror[:, None, None], size - out, out)
+        t = ((pixel - start - out * scale) / scale.clamp(min=1)).abs()  # distance in the filter's units
         weight = (1 - t).clamp(min=0)
-        if filter == "bicubic":  # Keys' kernel with a = -1/2
-            near, far = (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2
-            weight = torch.where(t < 1, near, torch.where(t < 2, far, 0))
+        if filter == "bicubic":  # Keys' kernel with a = -1/2: one cubic to 2, another on top of it to 1
+            far = (2 - t).clamp(min=0)
+            weight = weight * weight * (1 - 2 * weight) + far * far * (far - 1) / 2
         weight = weight * ((pixel > start) & (pixel < start + scale * size))
         return weight / weight.sum(-1, keepdim=True)
 
-    rows, columns = matrix(box[:, 0], box[:, 2], x.shape[2]), matrix(box[:, 1], box[:, 3], x.shape[3])
-    if flip is not None:
-        columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    return rows[:, None] @ x @ columns[:, None].mT
+    rows, columns = matrix(box[:, 0], box[:, 2], x.shape[2]), matrix(box[:, 1], box[:, 3], x.shape[3], flip)
+    x = x.transpose(1, 2).flatten(1, 2) @ columns.mT  # [B, H * 3, size]: the channels share a product
+    return (rows @ x.reshape(len(x), -1, 3 * size)).unflatten(2, (3, size)).transpose(1, 2)

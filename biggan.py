@@ -56,8 +56,8 @@ SMALL = PAPER | dict(  # the authors' CIFAR-10 recipe (launch_cifar_ema.sh): no 
     ortho=0.0, ema_start=1000, save_every=2000, probe_samples=0, classifier_steps=5000)
 DEMO = SMALL | dict(  # for a CPU; 1000 steps draw colours and blobs, but not yet the classes that were asked for
     layouts=LAYOUTS | {32: ((4, 4, 2, 1), (1, 2, 4, 4), 3, 32, 0), 64: ((4, 4, 4, 2, 1), (1, 2, 4, 4, 4), 4, 40, 0)},
-    ch=16, embed_dim=32, init_std=0.0, steps=1000, batch=32, d_steps=1, lr_d=1e-3, lr_g=4e-4, betas=(0.0, 0.99),
-    sn_eps=1e-6, ema=0.995, ema_start=200, standing=20, log_every=50, save_every=500,
+    ch=16, embed_dim=32, init_std=0.0, steps=1000, batch=32, d_steps=1, lr_d=5e-4, lr_g=5e-4, betas=(0.0, 0.99),
+    sn_eps=1e-6, ema=0.995, ema_start=300, standing=20, log_every=50, save_every=500,
     fid_features="random", fid_samples=5000, fid_split="test", probe_samples=10_000, sweep_samples=2000,
     classifier_steps=300)
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}

@@ -33,11 +33,17 @@ STEPS = 6
 COMMON = ["--device", "cpu", "--preset", "demo", "--batch", 8, "--log-every", 1, "--save-every", 2]
 COMMON += ["--probe-samples", 200]
 FLAGS = {  # script: further flags that make it tiny, or keep its schedule from ending with --steps
+    "beta_vae": ["--metric-pairs", 2, "--metric-points", 20],
     "biggan": ["--sweep-samples", 64, "--classifier-steps", 20],
     "byol": ["--horizon", 100],
+    "icgan": ["--feature-steps", 1, "--stored", 10],
+    "igpt": ["--horizon", 100, "--test-samples", 50],
+    "projected_gan": ["--feature-steps", 2],
+    "regene": ["--classifier-steps", 3, "--bank-samples", 300, "--judge-steps", 4],
+    "vqgan_transformer": ["--vqgan-steps", 1, "--disc-start", 0, "--horizon", 100],
 }
 NO_SAMPLES = ("byol", "dim")  # they generate nothing: probes, and no FID
-SUPERVISED = ("biggan",)  # they learn from labels, and must refuse a set that has none
+SUPERVISED = ("biggan", "regene", "vqgan_transformer")  # they learn from labels, and must refuse a set that has none
 TIMES = {"seconds", "best"}  # of a checkpoint: what may differ between equal runs
 
 

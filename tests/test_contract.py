@@ -343,10 +343,10 @@ def test_evaluation_without_inception_weights(script, start, tmp_path, pictures)
 
 
 def test_the_best_so_far_is_kept(start, tmp_path, pictures):
-    words = ["--data", pictures, "--steps", 2, "--eval-every", 1]
-    trained(start(*words), tmp_path / "run", 2)
+    words = ["--data", pictures, "--steps", 3, "--eval-every", 1]  # the first step of some draws nothing yet
+    trained(start(*words), tmp_path / "run", 3)
     best = checkpoint(tmp_path / "run", "best.pt")
-    assert best["step"] in (1, 2) and best["best"] < float("inf")
+    assert best["step"] in (1, 2, 3) and best["best"] < float("inf")
     run = start(*words, "--best", command="sample")
     assert run.wait() == 0, run.text("err")
     assert (tmp_path / "run" / "samples.png").exists()

@@ -40,7 +40,7 @@ GREY = ("mnist", "fashion_mnist")  # these have presets of their own, below
 # fmt: off
 PAPER = dict(  # ImageNet: section 4.3 and the appendix; 100 epochs, the second half of them at a falling rate
     size=64, encoder_size=64, crop_from=72, z_dim=200, prior="uniform", networks={64: ("conv", dict(width=64))},
-    log_sigma=0.0, steps=1_000_912, anneal=500_456, batch=128, lr=2e-4, betas=(0.5, 0.999), decay=2.5e-5, ema=0.0,
+    steps=1_000_912, anneal=500_456, batch=128, lr=2e-4, betas=(0.5, 0.999), decay=2.5e-5, ema=0.0,
     standing=1000, log_every=100, save_every=5000, fid_features="inception", fid_samples=50_000, fid_split="test",
     probe_samples=50_000)
 PAPER_MNIST = PAPER | dict(  # Table 1: 400 epochs, half of them at a falling rate. No layer knows which pixels are near
@@ -52,7 +52,7 @@ SMALL = PAPER | dict(  # ALI's networks, its 6475 epochs cut to 400, with BiGAN'
     standing=200, fid_split="train", probe_samples=0)
 DEMO = SMALL | dict(  # for two CPU cores. Of ALI's networks D wins, whatever the rate; these stay in balance
     z_dim=32, networks={32: ("conv", dict(width=32)), 64: ("conv", dict(width=16))},
-    log_sigma=-1.0, steps=1200, anneal=0, batch=64, lr=5e-4, ema=0.998, standing=20, log_every=50,
+    steps=1200, anneal=0, batch=64, lr=5e-4, ema=0.998, standing=20, log_every=50,
     save_every=500, fid_features="random", fid_samples=5000, fid_split="test", probe_samples=10_000)
 DEMO_MNIST = PAPER_MNIST | dict(
     steps=2000, anneal=0, standing=100, log_every=50, save_every=500, fid_features="random", fid_samples=5000)
@@ -380,8 +380,6 @@ def build(args):
     name, options = args.networks[args.size]
     outputs = args.z_dim * (2 if args.prior == "normal" else 1)
     G, E, D = NETWORKS[name](args.z_dim, outputs, args.size, args.encoder_size, **options)
-    if E.head.bias is not None:  # ALI
-        nn.init.constant_(E.head.bias[args.z_dim :], args.log_sigma)
     if args.method != "bigan":  # as in the authors' code; a BiGAN's D would learn that z is 0
         nn.init.zeros_(E.head.weight)
     networks = [G, E, D]
@@ -696,7 +694,6 @@ def parse():
     args = parser.parse_args()
     args.encoder_size = args.encoder_size or args.size
     least = dict.fromkeys(("steps", "batch", "accumulate", "z_dim", "log_every", "save_every", "fid_samples"), 1)
-    least["log_sigma"] = -math.inf
     most = {"ema": 1, "seed": 2**63 - 1}
     for name, value in vars(args).items():
         low, high = least.get(name, 0), most.get(name, math.inf)
@@ -706,7 +703,7 @@ def parse():
     larger = args.encoder_size > args.size and (name != "conv" or args.method != "bigan")  # regressors' E sees G(z)
     if not name or args.encoder_size < args.size or larger:
         flags = f"--size {args.size}, --encoder-size {args.encoder_size}"
-        raise UserError(f"{flags}: --size is one of {[*args.networks]}; E's is the same, or more if that is 64")
+        raise UserError(f"{flags}: --size is one of {[*args.networks]}; E's is the same, or more for an AlexNet")
     if 0 < args.crop_from < args.encoder_size:
         raise UserError(f"--crop-from {args.crop_from}: must be at least --encoder-size {args.encoder_size}, or 0")
     args.config = {k: v for k, v in vars(args).items() if not k.startswith(FREE)}

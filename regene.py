@@ -48,7 +48,7 @@ SMALL_GREY = SMALL | dict(  # MNIST: 10 epochs, then 30
     trunk="plain", student="plain", classifier_steps=4680, steps=18_720, horizon=0, optimiser="adam", lr_c=1e-3, pad=0)
 DEMO = SMALL | dict(  # for a CPU. Class tells nothing of colour: joint. Low feat, cyc, cls: else D draws to fool f
     trunk="pooled", judge="plain", student="plain", widths={32: (128, 64, 32, 32), 64: (128, 64, 32, 32, 16)},
-    classifier_steps=450, steps=700, horizon=0, batch=64, optimiser="adam", lr_c=1e-3, lr_d=1e-3, pad=0, joint=2.0,
+    classifier_steps=300, steps=600, horizon=0, batch=32, optimiser="adam", lr_c=1e-3, lr_d=1e-3, pad=0, joint=2.0,
     ema=0.98, ema_start=50, weights=dict(pix=1.0, feat=0.05, perc=0.0, cls=0.01, cyc=0.02), near=5, bank_samples=12_000,
     judge_steps=400, log_every=25, save_every=250, fid_features="random", fid_samples=5000, fid_split="test",
     probe_samples=10_000)

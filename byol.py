@@ -72,11 +72,7 @@ def hue(x, turn):
     """Turns the hue by a share of the circle. A channel is V - C + C w(H) in terms of HSV, w a trapezoid."""
     red, green, blue = x.split(1, 1)
     value, least = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
-    is_red, is_green, chroma = (
-        (value == red).float(),
-        (value == green).float(),
-        value - least,
-    )  # the largest: lerp picks
+    is_red, is_green, chroma = (value == red).float(), (value == green).float(), value - least
     h = torch.lerp(torch.lerp(red - green, blue - red, is_green), green - blue, is_red) / chroma.clamp(min=1e-9)
     h = h + (1 - is_red) * (4 - 2 * is_green) + 6 * turn
     h = h - 6 * (h / 6).floor_()  # in [0, 6): 0 is red, 2 green, 4 blue
@@ -116,9 +112,8 @@ def augment(x, u, p):
             order = turn[place].argsort(stable=True)
             place, x = place[order], x.index_select(0, move(order))
             parts = turn.bincount(minlength=5).tolist()
-            for (operator, *_), amount, part, who in zip(
-                JITTER, amounts, x.split(parts), place.split(parts), strict=False
-            ):
+            jitters = zip(JITTER, amounts, x.split(parts)[:4], place.split(parts)[:4], strict=True)
+            for (operator, *_), amount, part, who in jitters:
                 part.copy_(operator(part, move(amount[who, None, None, None])))
         x = x.index_select(0, move(place.argsort()))
 

@@ -53,7 +53,7 @@ PAPER = dict(  # DIM(L) on STL-10 and Tiny ImageNet (Table 2)
     fit_lr=1e-4, decoder_width=512)
 SMALL = PAPER | dict(  # DIM(L) on CIFAR-10 and CIFAR-100 (Table 1), 1000 epochs; the authors' DCGAN for 64x64
     size=32, encoders={32: CIFAR, 64: DCGAN}, steps=781_000, probe_samples=0)
-DEMO = SMALL | dict(  # for two CPU cores; not tuned yet
+DEMO = SMALL | dict(  # for two CPU cores, found by experiment
     encoders={32: NARROW}, measure="infonce", units=256, hidden=128, steps=1500, lr=5e-4, save_every=500,
     fits={"mlp": (64, 10), "ndm": (2000, 20), "mine": (64, 2), "decoder": (64, 4), "finetune": (64, 4)},
     fit_lr=1e-3, decoder_width=64, probe_samples=10_000)

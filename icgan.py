@@ -69,6 +69,7 @@ RESNETS = [((1, 1, 1, 1), False), ((2, 2, 2, 2), False), ((3, 4, 6, 3), False), 
            ((3, 4, 23, 3), True), ((3, 8, 36, 3), True)]  # units a stage, are they bottlenecks  # fmt: skip
 convolution = lambda cin, cout, kernel=1, stride=1: nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False)
 published = lambda weights=None: nn.Sequential(*list(resnet50(weights=weights).children())[:-2])
+read = lambda args, name, split, n=None: load(name, split, args.size, args.root, args.skip_broken, slice(n))
 
 
 # ------------------------------------------------------------ f: the feature network
@@ -241,28 +242,27 @@ def central(x, n, seed, iterations=100):
     return torch.cdist(x, centres).argmin(0).unique()
 
 
-def cached(args, path, make):
-    """A tensor from a file, mapped into memory. Where a rank lacks the file, all of them make() the tensor."""
-    there = torch.tensor(float(path.exists()), device=args.device)
-    if args.world > 1:
-        dist.all_reduce(there, dist.ReduceOp.MIN)
-    made = None if there else make().cpu()
-    if made is not None and os.environ.get("LOCAL_RANK", "0") == "0":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(made, temporary := f"{path}.tmp-{os.getpid()}")
-        os.replace(temporary, path)
-    if args.world > 1:
-        dist.barrier()
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
 def prepare(args, f, data, stored=0):
     """The Instances of the training set (section 3), computed once; the pool has so many of them, or all."""
     weights = hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in f.state_dict().values())).hexdigest()
     n, k = len(data), min(args.k, len(data) - 1)
     if n < 2:
         raise UserError(f"{data.name} has a single picture, which has no neighbours: give a folder with more of them")
-    keep = lambda name, make: cached(args, data.cache / f"{name}-{data.key}-{weights[:16]}.pt", make)
+
+    def keep(name, make):  # a tensor from a file, mapped into memory; where a rank lacks the file all of them make it
+        path = data.cache / f"{name}-{data.key}-{weights[:16]}.pt"
+        there = torch.tensor(float(path.exists()), device=args.device)
+        if args.world > 1:
+            dist.all_reduce(there, dist.ReduceOp.MIN)
+        made = None if there else make().cpu()
+        if made is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(made, temporary := f"{path}.tmp-{os.getpid()}")
+            os.replace(temporary, path)
+        if args.world > 1:
+            dist.barrier()
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
     sides = [f, lambda x: f(x.flip(-1))][: 1 + (args.flip_instances and data.flip)]
     embed = lambda: torch.cat([linear_probe.extract(side, data, args.device)[0] for side in sides])  # all ranks share
     h = keep(f"features-{len(sides)}", embed)
@@ -415,12 +415,14 @@ def prior(args, n, *key, truncation=math.inf):
 
 # the conditioning gap [n]: cosine of f(G(z, h)) with h, less that with another h; 0 while G is deaf to h
 gap = lambda f, x, h: (f(x) * (h - h.roll(1, 0))).sum(1)
+# rows of a table, in memory or mapped into it, to the device, which is not waited for
+onto = lambda args, x: x.pin_memory().to(args.device, non_blocking=True) if "cuda" in args.device else x
 
 
 def condition(args, instances, i, j):
-    """(h_i,), or with classes (h_i, y_j): rows of tables in memory, or mapped into it; no wait for the device."""
-    c = [instances.h.index_select(0, i)] + [y.index_select(0, j) for y in [instances.labels] if y is not None]
-    return [part.pin_memory().to(args.device, non_blocking=True) if "cuda" in args.device else part for part in c]
+    """[h_i], or with classes [h_i, y_j]."""
+    tables = ((instances.h, i), (instances.labels, j))[: 1 + (instances.labels is not None)]
+    return [onto(args, table.index_select(0, rows)) for table, rows in tables]
 
 
 def choose(args, instances, n, *key):
@@ -540,7 +542,7 @@ class Run:
 # ------------------------------------------------------------ training
 def training_set(args):
     """The training pictures; args learn how many classes are a condition: none, but with --class-conditional."""
-    data = load(args.data, "train", args.size, args.root, args.skip_broken)
+    data = read(args, args.data, "train")
     args.classes = int(data.require_labels().max()) + 1 if args.class_conditional else 0
     return data
 
@@ -556,10 +558,8 @@ def build(args, fresh=False):
     trunk = image_trunk(d_widths, halvings, args.size, attention, args.sn_eps)
     D = Discriminator(trunk, d_widths[-1], args.f.dim, args.classes, args.sn_eps)
     networks = [Generator(widths, *shape, attention, args.h_gain, args.sn_eps), D]
-    for layer in (m for network in networks for m in network.modules()):
-        if isinstance(layer, nn.Conv2d | nn.Linear | nn.Embedding) and args.init_std:
-            spectrally = parametrize.is_parametrized(layer)
-            nn.init.normal_(layer.parametrizations.weight.original if spectrally else layer.weight, std=args.init_std)
+    for weight in (p for network in networks for p in network.parameters() if p.ndim > 1 and args.init_std):
+        nn.init.normal_(weight, std=args.init_std)  # of convolutions, linear maps, embeddings
     return [network.to(args.device, memory_format=torch.channels_last) for network in networks]
 
 
@@ -575,9 +575,7 @@ def settle(average):
 
 def pixels(args, data, rows):
     """Pictures [n, 3, S, S] in [-1, 1], channels_last."""
-    x = data.images.index_select(0, rows)
-    x = x.pin_memory().to(args.device, non_blocking=True) if "cuda" in args.device else x
-    return x.movedim(-1, -3).float().div_(127.5).sub_(1)
+    return onto(args, data.images.index_select(0, rows)).movedim(-1, -3).float().div_(127.5).sub_(1)
 
 
 def pairs(args, data, instances, first):
@@ -653,10 +651,9 @@ def train(args):
             G.eval()  # in train mode batch norm would move
             with torch.no_grad():  # pairing: what another instance costs a real picture; at 0 D is deaf to h
                 pairing = D(x, *c) - D(x, c[0].roll(1, 0), *c[1:])
-                drawn, other = G(z, *c_hat), G(z.roll(1, 0), *c_hat)  # spread: of one instance; at 0 G is deaf to z
-                watch = {"gap": gap(f, drawn, c_hat[0]), "pairing": pairing, "spread": (drawn - other).abs()}
+                heard = gap(f, G(z, *c_hat), c_hat[0])
             G.train()
-            run.log(loss_d=loss_d, loss_g=loss_g, real=real, fake=fake, **watch, lr=args.lr_g)
+            run.log(loss_d=loss_d, loss_g=loss_g, real=real, fake=fake, gap=heard, pairing=pairing, lr=args.lr_g)
         if run.every(args.save_every) or run.every(args.eval_every):
             run.save()
             picture(args, "samples.png", around(args, settle(G_ema), data, instances)[1], columns=10)
@@ -666,6 +663,7 @@ def train(args):
             if value < run.best:  # GANs collapse late
                 run.best = value
                 run.save("best.pt")
+                run.save()  # so that a run that is killed and goes on knows what is to beat
         run.leave_if_told()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
@@ -718,17 +716,13 @@ def sample(args):
     near = torch.cat([rows[:, None], instances.neighbours[rows, :9]], 1)
     picture(args, "neighbours.png", pixels(args, data, near.flatten()), columns=near.shape[1])
 
-    def look(source, split):
-        some = load(source, split, args.size, args.root, args.skip_broken, slice(8))
-        return pixels(args, some, torch.arange(len(some)))
-
-    seen = look(args.data, "test")
-    foreign = look(args.condition, "test") if args.condition else -seen
+    first = lambda source, split: pixels(args, some := read(args, source, split, 8), torch.arange(len(some)))
+    unseen = first(args.data, "test")
+    transfer = first(args.condition, "test") if args.condition else -unseen
     with suppress(UserError):  # a folder may have a single picture, for test
-        foreign = torch.cat([foreign, look(args.condition, "train")])[:8] if args.condition else foreign
-    for name, x in (("unseen", seen), ("transfer", foreign)):
+        transfer = torch.cat([transfer, first(args.condition, "train")])[:8] if args.condition else transfer
+    for name, x in (("unseen", unseen), ("transfer", transfer)):
         picture(args, f"{name}.png", beside(args, G, x, f(x)), columns=10)
-
     h, *y = condition(args, instances, rows, rows)
     between = torch.lerp(h[:, None], h.roll(-1, 0)[:, None], torch.linspace(0, 1, 10, device=h.device)[:, None])
     z, *y = (part.repeat_interleave(10, 0) for part in (prior(args, 8, PICTURES, 1, truncation=args.truncation), *y))
@@ -742,8 +736,7 @@ def generate(args, G, instances, chunk, n):
 
 
 def judge_samples(args, G, instances, full=True):
-    data = load(args.data, args.fid_split, args.size, args.root, args.skip_broken)
-    draw = lambda chunk, n: generate(args, G, instances, chunk, n)[0]
+    data, draw = read(args, args.data, args.fid_split), lambda chunk, n: generate(args, G, instances, chunk, n)[0]
     return fid.evaluate(draw, data, args.fid_samples, args.fid_features, args.device, args.fid_weights, full)
 
 
@@ -756,15 +749,15 @@ def evaluate(args):
     metrics |= {"images": state["step"] * args.d_steps * args.batch, "seconds": round(state["seconds"], 1)}
     metrics["parameters"] = {k: sum(p.numel() for p in n.parameters()) for k, n in zip("GD", untrained, strict=True)}
     metrics |= {"instances": len(instances.pool), "neighbours": instances.neighbours.shape[1]}
-    metrics["conditioning_gap"] = float(gap(f, *generate(args, G, instances, 0, 500)).mean())
+    gaps = [gap(f, *generate(args, G, instances, chunk, 100)) for chunk in range(5)]  # at once: 60 GB at 256x256
+    metrics["conditioning_gap"] = float(torch.cat(gaps).mean())
     if data.labels is not None:
         agree = data.labels[instances.neighbours.long()] == data.labels[:, None]
         metrics["neighbour_agreement"] = float(agree.double().mean())
 
     def probe():  # the pooled features that D's scores are read from, and h as a yardstick
         n = args.probe_samples or None
-        read = lambda split, n: load(args.data, split, args.size, args.root, args.skip_broken, slice(n))
-        parts = read("train", n), read("test", n and n // 2)
+        parts = read(args, args.data, "train", n), read(args, args.data, "test", n and n // 2)
         encoders = [nn.Sequential(network.trunk, nn.ReLU()) for network in (D, untrained[1])]
         found = linear_probe.evaluate(encoders[0], *parts, encoders[1], args.device)
         yardstick = linear_probe.probe(*(linear_probe.extract(f, part, args.device) for part in parts))
@@ -782,9 +775,8 @@ def evaluate(args):
         print(f"{args.out} has the pictures, and metrics.json, where among others:")
         for k in (k for k in metrics if k.endswith(("top1", "gap", "agreement")) or k.startswith(("fid", "fd_"))):
             print(f"  {k} {metrics[k]:.4g}")
-        print("top1: accuracy with D's features, beside untrained_, raw_pixels_, random_features_; with h: condition_;")
-        print("fid, fd_random (NOT FID): distance from real images, 0 is best; conditioning_gap: 0 if G is deaf to h;")
-        print("neighbour_agreement: share of an instance's neighbours that are of its class.")
+        print("top1: accuracy with D's features, beside yardsticks, with h: condition_; gap: 0 if G is deaf to h;")
+        print("agreement: of an instance's class with its neighbours'; fid, fd_random (NOT FID): 0 is best.")
 
 
 # ------------------------------------------------------------ the command line

@@ -40,14 +40,15 @@ CODES, DROPOUT, NOISE, FRONTS, PICTURES, FAKES = range(6)  # streams of random n
 PAPER = dict(  # ImageNet, f = 16 (the official configurations); GPT: the released class-conditional one of 1.4B
     size=256, ch=128, multipliers=(1, 1, 2, 2, 4), blocks=2, attention=(16,), z_channels=256, groups=32, codes=16_384,
     code_dim=256, disc_width=64, disc_layers=3, disc_weight=0.8,  # the released run of 16,384 codes: 2 layers, 0.75
-    disc_start=250_001, perceptual="lpips", perceptual_weight=1.0, warm_start=0, revive=0, condition="class",
+    disc_start=250_001, perceptual="lpips", warm_start=0, revive=0, condition="class",
     layers=48, heads=24, width=1536, dropout=0.0, class_dropout=0.0, vqgan_steps=500_000, steps=1_000_000,  # not stated
-    batch=96, lr=4.3e-4, lr_d=4.3e-4, lr_gpt=2e-4, warmup=0,  # 12 a GPU; 4.5e-6 an image, but 2e-4 for so large a GPT
-    crop=(0.5, 1.0), flip=False, log_every=100, save_every=5000, fid_features="inception", fid_samples=50_000,
-    fid_split="train", probe_samples=50_000)
+    batch=96, lr=4.32e-4, lr_d=4.32e-4, lr_gpt=2e-4, warmup=0,  # 12 a GPU; 4.5e-6 an image, but 2e-4 for so large a GPT
+    crop=(0.5, 1.0), flip=False,  # a random square of half to all of the area; the paper's has always the shorter side
+    log_every=100, save_every=5000, fid_features="inception", fid_samples=50_000, fid_split="train",
+    probe_samples=50_000)
 SMALL = PAPER | dict(  # ours: the paper has no 32x32 model. f = 4, 64 codes an image
     size=32, ch=64, multipliers=(1, 2, 2), attention=(8,), z_channels=64, codes=512, code_dim=64, disc_layers=2,
-    disc_start=10_000, perceptual="vgg", perceptual_weight=0.1, layers=12, heads=8, width=512, dropout=0.3,
+    disc_start=10_000, perceptual="vgg", layers=12, heads=8, width=512, dropout=0.3,
     class_dropout=0.1, vqgan_steps=30_000, steps=90_000, batch=128, lr=2e-4, lr_d=2e-4, lr_gpt=3e-4, warmup=1000,
     crop=(), flip=True, save_every=2000, probe_samples=0)
 DEMO = SMALL | dict(  # five minutes on two CPU cores: L1 alone, and codes that start from what the encoder says
@@ -56,6 +57,7 @@ DEMO = SMALL | dict(  # five minutes on two CPU cores: L1 alone, and codes that 
     layers=3, heads=4, width=96, dropout=0.0, vqgan_steps=400, steps=900, batch=32, lr=1e-3, lr_gpt=2e-3, warmup=40,
     log_every=50, save_every=450, fid_features="random", fid_samples=1000, fid_split="test", probe_samples=3000)
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
+PERCEPTUAL = {"lpips": 1.0, "vgg": 0.1, "none": 0.0}  # w_p; VGG16 with all weights 1 is several times larger
 # fmt: on
 
 
@@ -64,9 +66,7 @@ def conv(cin, cout, kernel=3):
     return nn.Conv2d(cin, cout, kernel, padding=kernel // 2)
 
 
-class Res(nn.Module):
-    """x -> skip(x) + branch(x), [B, cin, h, w] -> [B, cout, h, w]."""
-
+class Res(nn.Module):  # [B, cin, h, w] -> [B, cout, h, w]
     def __init__(self, cin, cout, groups):
         super().__init__()
         norm = lambda channels: nn.GroupNorm(groups, channels, eps=1e-6)
@@ -137,7 +137,8 @@ class VQGAN(nn.Module):
         """z [B, code_dim, h, w], and the indices [B, h, w] of the codes that are nearest."""
         z = self.E(x).float()
         rows = z.detach().movedim(1, 3).reshape(-1, z.shape[1])
-        distance = rows.square().sum(1, keepdim=True) + self.Z.square().sum(1) - 2 * rows @ self.Z.T
+        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):  # in bf16 neighbouring codes are one
+            distance = rows.square().sum(1, keepdim=True) + self.Z.square().sum(1) - 2 * rows @ self.Z.T
         return z, distance.argmin(1).view(len(z), *z.shape[2:])
 
     def forward(self, x, quantised=True):
@@ -175,10 +176,8 @@ def discriminator(width=64, layers=3, actnorm=False, channels=3):
         parts += [nn.Conv2d(cin, cout, 4, 2 if i < layers else 1, 1, bias=actnorm or not i), *norm, nn.LeakyReLU(0.2)]
     net = nn.Sequential(*parts, nn.Conv2d(shapes[-1][1], 1, 4, 1, 1))
     for layer in net:
-        if isinstance(layer, nn.Conv2d):
-            nn.init.normal_(layer.weight, 0.0, 0.02)
-        elif isinstance(layer, nn.BatchNorm2d):
-            nn.init.normal_(layer.weight, 1.0, 0.02)
+        if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, float(isinstance(layer, nn.BatchNorm2d)), 0.02)
     return net
 
 
@@ -298,10 +297,10 @@ def transformer_loss(gpt, c, z, dropped=None):
 
 def learning_rate(args, step):
     """Of the GPT: constant; with a warm-up it rises, then falls to 0 as a cosine."""
-    if step < args.warmup or not args.warmup:
-        return args.lr_gpt * (min(1, (step + 1) / args.warmup) if args.warmup else 1)
+    if step < args.warmup:
+        return args.lr_gpt * (step + 1) / args.warmup
     part = (step - args.warmup) / max(1, (args.horizon or args.steps) - args.vqgan_steps - args.warmup)
-    return args.lr_gpt * (1 + math.cos(math.pi * part)) / 2
+    return args.lr_gpt * (1 + math.cos(math.pi * part)) / 2 if args.warmup else args.lr_gpt
 
 
 # same as in igpt.py
@@ -421,12 +420,12 @@ class Run:
             end = "\r" if sys.stdout.isatty() and self.step < self.args.steps else "\n"
             print("  ".join(f"{k} {v:g}" for k, v in row.items()), f" {left} left", end=end, flush=True)
 
-    def save(self, name="checkpoint.pt"):
-        """To a temporary file, flushed to the disk, renamed over the old one: a kill leaves one of the two, whole."""
+    def save(self, *names):
+        """The state as each of `names`, then checkpoint.pt: to a temporary file, flushed, renamed over the old one."""
         self.check(p for part in self.parts.values() if isinstance(part, nn.Module) for p in part.parameters())
         state = {"script": SCRIPT, "config": self.args.config, "step": self.step, "best": self.best}
         state |= {"seconds": time.time() - self.began} | {k: part.state_dict() for k, part in self.parts.items()}
-        if self.args.rank == 0:
+        for name in (*names, "checkpoint.pt") if self.args.rank == 0 else ():
             with open(self.args.out / f"{name}.tmp", "wb") as file:
                 torch.save(state, file)
                 file.flush()
@@ -448,15 +447,14 @@ class Run:
 
 # ------------------------------------------------------------ training
 def build(args):
-    """The VQGAN, D and the GPT with their first weights, a function of the seed: every rank starts from the same."""
+    """The VQGAN, D and the GPT with their first weights, the same on every rank."""
     torch.manual_seed(args.seed)
     shape = {k: getattr(args, k) for k in ("ch", "multipliers", "blocks", "attention", "size", "groups")}
     channels = args.labels or 3
     vqgan = VQGAN(args.codes, args.code_dim, args.z_channels, channels, **shape)
     D = discriminator(args.disc_width, args.disc_layers, args.actnorm, channels)
-    front = args.grid**2 if args.maps else 1  # tokens of the condition
-    size = (args.tokens, front + args.grid**2 - (front == 1), args.layers, args.heads, args.width, args.dropout)
-    gpt = GPT(*size, args.unmasked)
+    n = args.grid**2 * (2 if args.maps else 1)  # the last code is never fed: with one token in front, no more
+    gpt = GPT(args.tokens, n, args.layers, args.heads, args.width, args.dropout, args.unmasked)
     return [network.to(args.device, memory_format=torch.channels_last) for network in (vqgan, D, gpt)]
 
 
@@ -472,20 +470,22 @@ def prepared(args, x):
 def fronts(args, split):
     """c, what stands in front of the codes of each image of a split: its class [N, 1]; token 0; or the codes [N, w, w]
     of its map, by the VQGAN of another run."""
-    data = load(args.maps or args.data, split, args.size if args.maps else None, args.root, args.skip_broken)
+    data = load(args.data, split, None, args.root, args.skip_broken)
+    table = data.require_labels()[:, None] if args.condition == "class" else torch.zeros(len(data), 1).long()
+    args.classes = len(data.classes) if args.condition == "class" else 0
+    args.tokens = max(args.codes, args.classes + (args.class_dropout > 0))  # one table: codes, or classes and no class
     if not args.maps:
-        table = data.require_labels()[:, None] if args.condition == "class" else torch.zeros(len(data), 1).long()
-        args.classes = int(table.max()) + (
-            args.condition == "class"
-        )  # and a token for no class, in one table with codes
-        args.tokens = max(args.codes, args.classes + (args.class_dropout > 0))
         return table
-    args.tokens = args.codes
-    state = torch.load(Path(args.condition, "checkpoint.pt"), map_location="cpu", weights_only=True)
-    theirs = argparse.Namespace(**vars(args) | state["config"] | {"condition": "none", "tokens": 1, "layers": 1})
+    maps = load(args.maps, split, args.size, args.root, args.skip_broken)
+    names, of_maps = (part.files is not None and [Path(file).stem for file in part.files] for part in (data, maps))
+    if names != of_maps:  # without folders of their own a hash of the whole name holds out the test images
+        raise UserError(f"--maps {args.maps}: must have the {split} images' names, or train/ and val/ as --data has")
+    if (state := read_checkpoint(argparse.Namespace(out=Path(args.condition), config={}))) is None:
+        raise UserError(f"--condition {args.condition}: no folder of a run on --maps, there is no checkpoint.pt in it")
+    theirs = argparse.Namespace(**vars(args) | state["config"] | {"tokens": 1, "layers": 1})
     net = build(theirs)[0].eval()
     net.load_state_dict(state["vqgan"])
-    parts = (part.permute(0, 3, 1, 2).to(args.device) / 127.5 - 1 for part in data.images.split(100))
+    parts = (part.permute(0, 3, 1, 2).to(args.device) / 127.5 - 1 for part in maps.images.split(100))
     codes = torch.cat([net.encode(prepared(theirs, part))[1].cpu() for part in parts])
     if codes.shape[1] != args.grid or codes.max() >= args.codes:
         raise UserError(f"--condition {args.condition}: needs grids of {args.grid}, and up to {args.codes} codes")
@@ -507,7 +507,9 @@ def perceptual_loss(args):
         return None
     try:
         file = torch.load(args.lin, weights_only=True) if args.perceptual == "lpips" else None
-        lin = file and [file[f"lin{i}.model.1.weight"].flatten().relu() for i in range(5)]  # they are not negative
+        lin = file and [file[f"lin{i}.model.1.weight"].flatten() for i in range(5)]
+        if lin and ([len(part) for part in lin] != [64, 128, 256, 512, 512] or min(map(torch.min, lin)) < 0):
+            raise ValueError(f"{args.lin} is not VGG16's")
         return LPIPS(vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features, lin).to(args.device)
     except Exception as error:  # no network, no file, another file
         raise UserError(f"--perceptual {args.perceptual} needs VGG16, lpips --lin vgg.pth as well ({error})") from error
@@ -540,10 +542,10 @@ def vqgan_step(args, run, pieces, distance):
             fake = D(x_hat).float() if adversarial else None
         rec = F.binary_cross_entropy_with_logits(x_hat, x) if args.labels else (x - x_hat).abs().mean()
         if distance:
-            rec = rec + args.perceptual_weight * distance(x, x_hat).mean()
+            rec = rec + PERCEPTUAL[args.perceptual] * distance(x, x_hat).mean()
         loss_vq = vq_loss(z, e, legacy=args.legacy)
         loss = rec + loss_vq * quantised
-        if adversarial:  # each rank and each piece has its own lambda, as each GPU of the official run
+        if adversarial:  # each rank, and so each piece, has its own lambda, as in the official run
             loss_g = -fake.mean()
             by = (torch.autograd.grad(part, vqgan.G[1][-1].weight, retain_graph=True)[0] for part in (rec, loss_g))
             weight = adaptive_weight(*by, args.disc_weight)
@@ -575,8 +577,8 @@ def gpt_step(args, run, pieces, table):
     vqgan.eval(), gpt.train()
     opt.zero_grad()
     random, n = generator(args.seed, NOISE, run.step), args.grid**2
-    draws = torch.rand(args.batch, 1, generator=random), torch.rand(args.batch, n, generator=random)
-    draws = *draws, torch.randint(args.codes, (args.batch, n), generator=random)
+    draws = [torch.rand(args.batch, k, generator=random) for k in (1, n)]
+    draws.append(torch.randint(args.codes, (args.batch, n), generator=random))
     cuts = [draw.chunk(args.world * args.accumulate)[args.rank :: args.world] for draw in draws]
     for number, ((x, i), *cut) in enumerate(zip(pieces, *cuts, strict=True)):
         no_class, keep, noise = (part.to(args.device) for part in cut)
@@ -603,29 +605,29 @@ def train(args):
     rates = ((vqgan, args.lr), (D, args.lr_d))
     opt, opt_D = (torch.optim.Adam(network.parameters(), lr, (0.5, 0.9), fused=True) for network, lr in rates)
     decayed = {m.weight for m in gpt.modules() if isinstance(m, nn.Linear)}
-    groups = [[p for p in gpt.parameters() if (p in decayed) == decay] for decay in (True, False)]
-    groups = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.01, 0.0), strict=True)]
-    opt_gpt = torch.optim.AdamW(groups, args.lr_gpt, (0.9, 0.95), fused=True)
+    part = lambda on, decay: {"params": [p for p in gpt.parameters() if (p in decayed) == on], "weight_decay": decay}
+    opt_gpt = torch.optim.AdamW([part(True, 0.01), part(False, 0.0)], args.lr_gpt, (0.9, 0.95), fused=True)
     distance = perceptual_loss(args)
     run = Run(args, vqgan=vqgan, D=D, gpt=gpt, opt=opt, opt_D=opt_D, opt_gpt=opt_gpt)
+    torch._functorch.config.donated_buffer = False  # lambda goes backward through graphs that are used again
     for network in (vqgan, D, gpt) if args.compile else ():
         network.compile()
+    rows = class_rows(args, fronts(args, "test"))
     run.autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16")
     stream = images(args, "train", args.batch, run.step, args.accumulate, args.rank, args.world)
 
     while run.step < args.steps:
         pieces = list(islice(stream, args.accumulate))
-        if run.step < args.vqgan_steps:
-            found = vqgan_step(args, run, pieces, distance)
-        else:
-            found = gpt_step(args, run, pieces, table)
+        first = run.step < args.vqgan_steps
+        found = vqgan_step(args, run, pieces, distance) if first else gpt_step(args, run, pieces, table)
         run.step += 1
 
         if run.every(args.log_every):
             run.log(**found)
         if run.every(args.save_every) or run.every(args.eval_every):
             run.save()
-            picture(args, "samples.png", samples(args, vqgan, gpt.eval(), class_rows(args), PICTURES, 0))
+            if run.step > args.vqgan_steps:  # before, the GPT has learnt nothing
+                picture(args, "samples.png", samples(args, vqgan, gpt.eval(), rows, PICTURES, 0))
         if run.every(args.eval_every) and run.step > args.vqgan_steps:
             name, value = next(iter(judge_samples(args, vqgan, gpt.eval(), full=False).items()))
             run.log(**{name: value})
@@ -658,35 +660,36 @@ def restore(args):
     return *(network.eval().requires_grad_(False) for network in (vqgan, gpt)), table, state
 
 
-def class_rows(args):
-    """c for a picture of samples: eight of each class, or of ten; of the first test images' maps."""
+def class_rows(args, table):  # c for a picture of samples
     if args.condition == "class":
         return torch.arange(min(args.classes, 10), device=args.device).repeat_interleave(8)[:, None]
-    return fronts(args, "test")[:40].to(args.device)
+    return table[:40].to(args.device)
 
 
 @torch.no_grad()
 def samples(args, vqgan, gpt, c, *key, cols=None, known=None):
     """Images that the GPT has drawn after c, and after the codes that are known."""
-    known = torch.zeros(len(c), 0, dtype=torch.long, device=args.device) if known is None else known
-    return vqgan.G(vqgan.look_up(complete(args, gpt, c, cols or args.grid, known, *key))).float().clamp(-1, 1)
+    indices = complete(args, gpt, c, cols or args.grid, c.new_zeros(len(c), 0) if known is None else known, *key)
+    return vqgan.G(vqgan.look_up(indices)).float().clamp(-1, 1)
 
 
 @torch.no_grad()
 def sample(args):
     """samples.png: a row a class; reconstructions.png: pairs; completions.png: image, reconstruction, upper half, five
-    completions; large.png: twice as wide as trained. The upper half's codes are made of the whole image, as in the
-    official code: they have seen a little of the lower one."""
+    completions; large.png: twice as wide as trained. The upper codes have seen some of the lower half (official)."""
     vqgan, gpt, table, _ = restore(args)
     x, i = next(images(args, "test", 40))
     x_hat, _, _, indices = vqgan(x)
-    picture(args, "samples.png", samples(args, vqgan, gpt, class_rows(args), PICTURES, 0))
     picture(args, "reconstructions.png", torch.stack([x, x_hat], 1).flatten(0, 1), columns=10)
-    c, known = table[i[:8]].to(args.device), indices[:8, : args.grid // 2].flatten(1).repeat_interleave(5, 0)
+    if args.labels:  # maps have no second stage
+        return
+    picture(args, "samples.png", samples(args, vqgan, gpt, class_rows(args, table), PICTURES, 0))
+    x, c = x[:8], table[i[:8]].to(args.device)
+    known = indices[:8, : args.grid // 2].flatten(1).repeat_interleave(5, 0)
     ends = samples(args, vqgan, gpt, c.repeat_interleave(5, 0), PICTURES, 1, known=known).unflatten(0, (8, 5))
-    half = torch.cat([x[:8, :, : args.size // 2], torch.ones_like(x[:8, :, args.size // 2 :])], 2)
-    rows = torch.cat([torch.stack([x[:8], x_hat[:8], half], 1), ends], 1)
-    picture(args, "completions.png", rows.flatten(0, 1))
+    half = x.clone()
+    half[:, :, args.size // 2 :] = 1
+    picture(args, "completions.png", torch.cat([torch.stack([x, x_hat[:8], half], 1), ends], 1).flatten(0, 1))
     wide = torch.cat([c, c.flip(0)], 2) if args.maps else c
     picture(args, "large.png", samples(args, vqgan, gpt, wide, PICTURES, 2, cols=2 * args.grid), columns=4)
 
@@ -705,39 +708,42 @@ def judge_samples(args, vqgan, gpt, full=True):
 def evaluate(args):
     """metrics.json: reconstructions, codes in use, the GPT's loss, the linear probe, FID and its sisters."""
     vqgan, gpt, table, state = restore(args)
-    networks = dict(zip(("vqgan", "D", "gpt"), build(args), strict=True))
+    _, D, untrained = (network.eval() for network in build(args))
     device = torch.cuda.get_device_name() if "cuda" in args.device else f"cpu, {torch.get_num_threads()} threads"
     metrics = {"command": " ".join(sys.argv), "device": device, "torch": torch.__version__, "steps": state["step"]}
     metrics |= {"images": state["step"] * args.batch, "seconds": round(state["seconds"], 1)}
-    metrics["parameters"] = {k: sum(p.numel() for p in n.parameters()) for k, n in networks.items()}
+    count = lambda network: sum(p.numel() for p in network.parameters())
+    metrics["parameters"] = {"vqgan": count(vqgan), "D": count(D), "gpt": count(gpt)}
     metrics["perceptual"] = {"none": "none: L1 alone", "vgg": "VGG16, all weights 1"}.get(args.perceptual, "LPIPS")
     read = lambda split, n=None: load(args.data, split, args.size, args.root, args.skip_broken, slice(n))
 
     def codes():
-        error, nats, used = [], [], 0
+        found, used = [], 0
         for x, i in islice(images(args, "test", 100), 10):
             x_hat, _, _, indices = vqgan(x)
-            error += [(x - x_hat.clamp(-1, 1)).square().mean((1, 2, 3)) / 4]
-            nats += [transformer_loss(gpt, table[i].flatten(1).to(args.device), indices.flatten(1))]
             used += indices.flatten().bincount(minlength=args.codes)
-        p = used / used.sum()
-        found = {"test_psnr": -10 * torch.cat(error).log10(), "codes_used": (p > 0).float()}
-        found |= {"perplexity": torch.special.entr(p).sum().exp(), "test_nats_per_code": torch.stack(nats)}
-        return {k: float(v.mean()) for k, v in found.items()}
+            right = (x_hat.argmax(1) == x.argmax(1)).float().mean()  # of maps, which have no second stage
+            psnr = -10 * ((x - x_hat.clamp(-1, 1)).square().mean((1, 2, 3)) / 4).log10()
+            nats = 0 if args.labels else transformer_loss(gpt, table[i].flatten(1).to(args.device), indices.flatten(1))
+            found.append([right] if args.labels else [psnr.mean(), nats])
+        names, p = ["test_pixels_right"] if args.labels else ["test_psnr", "test_nats_per_code"], used / used.sum()
+        values = [*torch.tensor(found).mean(0), (p > 0).float().mean(), torch.special.entr(p).sum().exp()]
+        return dict(zip([*names, "codes_used", "perplexity"], map(float, values), strict=True))
 
     def probe():
         """The stream after half of the GPT, averaged over what tells codes; and the mean of the codes. In front
-        stands the token of no class (paper: token 0): the image's own class would be a leak."""
+        stands the token of no class (paper, maps: token 0): the image's own class would be a leak."""
 
         def pooled(gpt, x):
             indices = vqgan.encode(x)[1].flatten(1)
-            front = torch.full_like(indices[:, :1], args.classes if args.class_dropout else 0)
-            return gpt(torch.cat([front, indices[:, :-1]], 1), layers=max(1, args.layers // 2)).mean(1)
+            front = indices.new_full((len(x), table[0].numel()), args.classes if args.class_dropout else 0)
+            stream = gpt(torch.cat([front, indices[:, :-1]], 1), layers=max(1, args.layers // 2))
+            return stream[:, front.shape[1] - 1 :].mean(1)
 
         n = args.probe_samples or None
         train, test = read("train", n), read("test", n and n // 2)
         found = linear_probe.evaluate(partial(pooled, gpt), train, test, device=args.device)
-        others = {"untrained": partial(pooled, networks["gpt"]), "codes": lambda x: vqgan.look_up(vqgan.encode(x)[1])}
+        others = {"untrained": partial(pooled, untrained), "codes": lambda x: vqgan.look_up(vqgan.encode(x)[1])}
         for name, encoder in others.items():
             pair = (linear_probe.extract(encoder, data, args.device) for data in (train, test))
             found |= {f"{name}_probe_{k}": value for k, value in linear_probe.probe(*pair).items()}
@@ -759,14 +765,9 @@ def evaluate(args):
     if args.rank == 0:
         (args.out / "metrics.json.tmp").write_text(json.dumps(metrics, indent=1) + "\n")
         os.replace(args.out / "metrics.json.tmp", args.out / "metrics.json")
-        print(f"{args.out} has the pictures, and metrics.json, with among others:")
-        shown = ("top1", "_code", "psnr", "used", "perplexity")
-        for k in (k for k in metrics if k.endswith(shown) or k.startswith(("fid", "fd_"))):
-            print(f"  {k} {metrics[k]:.4g}")
-        print(
-            "top1: accuracy with the GPT's middle, beside untrained_, raw_pixels_, random_features_ and the mean of the"
-        )
-        print("codes; fid, fd_random (NOT FID): distance from real images, 0 is best; perplexity: of the codes in use.")
+        shown = ("top1", "_code", "psnr", "right", "used", "perplexity")
+        kept = {k: v for k, v in metrics.items() if k.endswith(shown) or k.startswith(("fid", "fd_"))}
+        print(f"{args.out} has the pictures, and metrics.json:", *(f"\n  {k} {v:.4g}" for k, v in kept.items()))
 
 
 # ------------------------------------------------------------ the command line
@@ -785,8 +786,7 @@ FLAGS = {  # those whose defaults are in PRESETS
     "fid_features": "random needs no weights, gives fd_random", "fid_split": "FID's real images",
     "probe_samples": "training images of the linear probe, with half as many test images; 0: all",
 }
-CHOICES = {"fid_features": ("inception", "random"), "fid_split": ("train", "test")}
-CHOICES["perceptual"] = ("lpips", "vgg", "none")
+CHOICES = {"fid_features": ("inception", "random"), "fid_split": ("train", "test"), "perceptual": PERCEPTUAL}
 FREE = (  # what may differ between two runs of one checkpoint: beginnings of names
     "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best", "log_",
     "save_", "eval_", "fid_", "probe_", "temperature", "top_", "lin")
@@ -847,7 +847,7 @@ def parse():
     if args.condition not in ("class", "none") and not args.maps:
         raise UserError(f"--condition {args.condition}: class, none, or a run's folder together with --maps")
     if args.labels:  # maps have no second stage
-        args.vqgan_steps, args.condition = args.steps, "none"
+        args.vqgan_steps, args.condition, args.layers = sys.maxsize, "none", 1
     args.grid = args.size // shrink
     args.config = {k: v for k, v in vars(args).items() if not k.startswith(FREE)}
     return args

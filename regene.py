@@ -35,25 +35,24 @@ SCRIPT = Path(__file__).stem
 PARENTS, WEIGHTS, POSTERIOR, PICTURES, FAKES = range(5)  # streams of random numbers
 GREY = ("mnist", "fashion_mnist")
 
-# fmt: off
 PAPER = dict(  # its own settings are not known. D's widths: of the 4 x 4 map, and behind each block that doubles it
     size=64, trunk="resnet18", latent="vec", judge="pooled", student="resnet18",
     widths={32: (256, 256, 128, 64), 64: (512, 256, 128, 64, 32)}, classifier_steps=23_400, steps=62_500,
     horizon=62_500, batch=128, optimiser="sgd", lr_c=0.1, lr_d=2e-4, betas=(0.5, 0.999), pad=4, joint=0.0, ema=0.999,
     ema_start=1000, weights=dict(pix=1.0, feat=1.0, perc=0.1, cls=0.1, cyc=0.5), most=5, alpha=1.0, parents=2, near=0,
     bank_samples=0, judge_steps=20_000, log_every=100, save_every=2000, fid_features="inception", fid_samples=50_000,
-    fid_split="train", probe_samples=50_000)
+    fid_split="train", probe_samples=50_000)  # fmt: skip
 SMALL = PAPER | dict(size=32, probe_samples=0)  # CIFAR-10: 60 epochs of the classifier, then 100 of D
 SMALL_GREY = SMALL | dict(  # MNIST: 10 epochs, then 30
-    trunk="plain", student="plain", classifier_steps=4680, steps=18_720, horizon=0, optimiser="adam", lr_c=1e-3, pad=0)
+    trunk="plain", student="plain", classifier_steps=4680, steps=18_720, horizon=0, optimiser="adam", lr_c=1e-3,
+    pad=0)  # fmt: skip
 DEMO = SMALL | dict(  # for a CPU. Class tells nothing of colour: joint. Low feat, cyc, cls: else D draws to fool f
     trunk="pooled", judge="plain", student="plain", widths={32: (128, 64, 32, 32), 64: (128, 64, 32, 32, 16)},
     classifier_steps=300, steps=600, horizon=0, batch=32, optimiser="adam", lr_c=1e-3, lr_d=1e-3, pad=0, joint=2.0,
     ema=0.98, ema_start=50, weights=dict(pix=1.0, feat=0.05, perc=0.0, cls=0.01, cyc=0.02), near=5, bank_samples=12_000,
     judge_steps=400, log_every=25, save_every=250, fid_features="random", fid_samples=5000, fid_split="test",
-    probe_samples=10_000)
+    probe_samples=10_000)  # fmt: skip
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
-# fmt: on
 
 
 # ------------------------------------------------------------ the classifier: f, and a head that is affine in z
@@ -66,13 +65,15 @@ class Classifier(nn.Module):
 
     def maps(self, x):
         """f_s(x), the map behind each stage."""
-        found = [x[:, : self.channels]]
-        for stage in self.stages:
-            found.append(stage(found[-1]))
-        return found[1:]
+        x = x[:, : self.channels]
+        return [x := stage(x) for stage in self.stages]
 
     def forward(self, x):
         return self.code(self.maps(x)[-1]).float()
+
+    @fid.full_precision()
+    def logits(self, z):  # exact: rounding could move a combination that is near the border out of its class
+        return self.head(z)
 
 
 def classifier(kind, channels, size, classes, latent="vec"):
@@ -87,7 +88,7 @@ def classifier(kind, channels, size, classes, latent="vec"):
         stages = [nn.Sequential(*stem, net.layer1), net.layer2, net.layer3, net.layer4]
         pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         code, head = (pool, net.fc) if latent == "vec" else (nn.Identity(), nn.Sequential(pool, net.fc))
-        return Classifier(channels, stages, code, head)
+        return Classifier(channels if size < 64 else 3, stages, code, head)  # torchvision's stem reads three
     widths, stages = ((32, 64), []) if kind == "plain" else ((32, 64, 128, 128), [])
     for i, (cin, cout) in enumerate(pairwise((channels, *widths))):
         layers = [nn.Conv2d(cin, cout, 3, 2, 1), nn.ReLU()]
@@ -143,6 +144,7 @@ class VAE(nn.Module):
 
 
 # ------------------------------------------------------------ convex combinations
+@fid.full_precision()
 def mix(codes, a):
     """z_c = sum_i a_i z_i: codes [B, n, ...], weights a [B, n] -> [B, ...]. If all z_i lie in R_c, where l_c > l_k for
     all k != c, so does z_c: l_c(z_c) - l_k(z_c) = sum_i a_i (l_c(z_i) - l_k(z_i)) > 0, as l is affine, a_i >= 0 and
@@ -221,7 +223,7 @@ def decoder_losses(C, D, x, zc, c):
     losses = {"pix": F.l1_loss(x_r, x), "feat": code_loss(z_r, z), "cyc": code_loss(z_g, zc)}
     losses["perc"] = perceptual_loss([m.chunk(2)[0] for m in again], maps)
     losses["cls"] = F.cross_entropy(named := C.head(z_g).float(), c)
-    right = {"code_accuracy": C.head(zc), "accuracy": named}
+    right = {"code_accuracy": C.logits(zc), "accuracy": named}
     return losses, {k: (logits.argmax(1) == c).float() for k, logits in right.items()}
 
 
@@ -318,12 +320,12 @@ class Run:
             end = "\r" if sys.stdout.isatty() and self.step < self.args.steps else "\n"
             print("  ".join(f"{k} {v:g}" for k, v in row.items()), f" {left} left", end=end, flush=True)
 
-    def save(self, name="checkpoint.pt"):
-        """To a temporary file, flushed to the disk, renamed over the old one: a kill leaves one of the two, whole."""
+    def save(self, *names):
+        """The state as each of `names`, then checkpoint.pt: to a temporary file, flushed, renamed over the old one."""
         self.check(p for part in self.parts.values() if isinstance(part, nn.Module) for p in part.parameters())
         state = {"script": SCRIPT, "config": self.args.config, "step": self.step, "best": self.best}
         state |= {"seconds": time.time() - self.began} | {k: part.state_dict() for k, part in self.parts.items()}
-        if self.args.rank == 0:
+        for name in (*names, "checkpoint.pt") if self.args.rank == 0 else ():
             with open(self.args.out / f"{name}.tmp", "wb") as file:
                 torch.save(state, file)
                 file.flush()
@@ -363,7 +365,7 @@ def fill(args, C):
     data = load(args.data, "train", args.size, args.root, args.skip_broken, slice(args.bank_samples or None))
     z, y = linear_probe.extract(lambda x: C(x).flatten(1), data, args.device)
     shape = C(floats(args, data.images[:1])).shape[1:]
-    logits = torch.cat([C.head(part.unflatten(1, shape)) for part in z.split(1000)])
+    logits = torch.cat([C.logits(part.unflatten(1, shape)) for part in z.split(1000)])
     rows = ((logits.argmax(1) == y) & (logits.topk(2).values.diff()[:, 0] < -1e-4)).nonzero()[:, 0]
     if not len(rows):
         raise UserError("the classifier names no training image rightly, there is nothing to combine: train it longer")
@@ -374,6 +376,8 @@ def fill(args, C):
 def train(args):
     data = load(args.data, "train", args.size, args.root, args.skip_broken)
     data.require_labels()
+    if len(data.classes) < 2:
+        raise UserError(f"{args.data} has but one class: a classifier needs two")
     args.classes = args.config["classes"] = len(data.classes)
     C, D, V = build(args)
     ema = get_ema_multi_avg_fn(args.ema)  # of weights; buffers are copied
@@ -402,12 +406,11 @@ def train(args):
         opt_C.zero_grad()
         opt.zero_grad()
         C.train(first)
-        # what is random is drawn for the whole batch, and this rank's pieces cut from it
         numbers = generator(args.seed, PARENTS, run.step, args.device)
         u = torch.rand(args.batch, args.most + 4, generator=numbers, device=args.device)
         n = 2 + (u[:, -1] * (args.most - 1)).long()  # Uniform{2..most} parents
         a = dirichlet(n, args.most, args.alpha, generator(args.seed, WEIGHTS, run.step, args.device))
-        whole = u, a, normal(args, V, args.batch, POSTERIOR, run.step)
+        whole = u, a, normal(args, V, args.batch, POSTERIOR, run.step)  # of which this rank's pieces are cut
         pieces = (part.chunk(args.world * args.accumulate)[args.rank :: args.world] for part in whole)
         for u, a, noise in zip(*pieces, strict=True):
             x, y, _ = next(stream)
@@ -507,14 +510,14 @@ def sample(args):
     C, D, V, bank, _ = restore(args)
     read = lambda split, n: load(args.data, split, args.size, args.root, args.skip_broken, slice(n or None))
     data, x = read("train", args.bank_samples), floats(args, read("test", 40).images)
-    picture(args, "samples.png", D(codes(args, bank, 0, 100, stream=PICTURES)[0]), columns=10)
-    _, y = codes(args, bank, 0, 100)
+    zc, y = codes(args, bank, 0, 100, stream=PICTURES)
+    picture(args, "samples.png", D(zc), columns=10)
     picture(args, "vae.png", V.draw(normal(args, V, 100, FAKES, 0), y), columns=10)
     picture(args, "reconstructions.png", torch.stack([x, D(C(x))], 1).flatten(0, 1), columns=10)
     zc, rows, _ = combine(args, bank, y[:27], 2, PICTURES, 2)
-    x_g, gallery = D(zc), floats(args, data.images[:5000])
-    nearest = gallery[torch.cdist(x_g.flatten(1), gallery.flatten(1)).argmin(1)]
-    parents = (floats(args, data.images[bank.rows[row].cpu()]) for row in rows.T)
+    x_g, away = D(zc), lambda part: torch.cdist(x_g.flatten(1), floats(args, part).flatten(1))
+    nearest = torch.cat([away(part) for part in data.images.split(5000)], 1).argmin(1)
+    *parents, nearest = (floats(args, data.images[i.cpu()]) for i in (*bank.rows[rows].T, nearest))
     picture(args, "combinations.png", torch.stack([*parents, x_g, nearest], 1).flatten(0, 1), columns=12)
     t, ends = torch.linspace(0, 1, 10, device=args.device), bank.codes[rows[:10].repeat_interleave(10, 0)]
     picture(args, "sliders.png", D(mix(ends, torch.stack([1 - t, t], 1).repeat(10, 1))), columns=10)
@@ -547,7 +550,7 @@ def name_samples(args, C, D, V, bank, test):
     keys = range(max(1, min(10_000, args.fid_samples) // 100))
     right = lambda pairs: float(torch.cat([(logits.argmax(1) == y).float() for logits, y in pairs]).mean())
     name, samples = lambda net, x: net.head(net(x)), lambda: (codes(args, bank, k, 100) for k in keys)
-    found = {"code_accuracy": right((C.head(z), y) for z, y in samples())}
+    found = {"code_accuracy": right((C.logits(z), y) for z, y in samples())}
     for prefix, net in (("self", C), ("independent", G)):
         found[f"{prefix}_accuracy"] = right((name(net, D(z)), y) for z, y in samples())
     drawn = ((V.draw(normal(args, V, 100, FAKES, k), y), y) for k, (_, y) in zip(keys, samples(), strict=True))
@@ -609,7 +612,6 @@ def evaluate(args):
 
 
 # ------------------------------------------------------------ the command line
-# fmt: off
 FLAGS = {  # those whose defaults are in PRESETS
     "size": "side of images, pixels", "trunk": "network of the classifier",
     "latent": "z: resnet18's averages, or its last map", "classifier_steps": "steps of stage 1, the classifier's",
@@ -619,20 +621,18 @@ FLAGS = {  # those whose defaults are in PRESETS
     "lr_d": "learning rate of D and the VAE", "pad": "border of zeros that images are cut from, pixels",
     "joint": "weight of D's reconstruction loss in stage 1, where it also trains z; D keeps what it learns; 0: none",
     "alpha": "of the Dirichlet weights, above 0", "parents": "n, parents of a sample",
-    "near": "samples' further parents: of so many nearest to the first; 0: of all",
+    "near": "samples' further parents: of so many nearest to the first, as suits --latent map; 0: of all",
     "bank_samples": "training images whose codes are kept; 0: all", "ema": "decay of the averages of D and the VAE",
     "judge_steps": "steps of the classifiers that judge samples", "log_every": "steps between two lines of log.jsonl",
     "save_every": "steps between checkpoints, each with a samples.png", "fid_samples": "samples that FID is taken of",
     "fid_features": "random needs no weights, gives fd_random", "fid_split": "FID's real images",
-    "probe_samples": "training images of the linear probe, with half as many test images; 0: all",
-}
+    "probe_samples": "training images of the linear probe, with half as many test images; 0: all"}  # fmt: skip
 CHOICES = {
     "trunk": ("resnet18", "plain", "pooled"), "latent": ("vec", "map"), "fid_features": ("inception", "random"),
-    "fid_split": ("train", "test")}
+    "fid_split": ("train", "test")}  # fmt: skip
 FREE = (  # what may differ between two runs of one checkpoint: beginnings of names
     "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best", "log_",
-    "save_", "eval_", "fid_", "probe_", "judge", "student", "parents", "near")
-# fmt: on
+    "save_", "eval_", "fid_", "probe_", "judge", "student", "parents", "near")  # fmt: skip
 
 
 def parse():

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -127,8 +127,8 @@ class Mean(nn.Module):
 
 # ------------------------------------------------------------ the objective, in nats an image
 def reconstruction_loss(logits, x, recon):
-    """-log p(x|z), x in [0, 1]: a SUM over pixels, as the KL is one over latents; their means would be a beta thousands
-    of times larger. The Gaussians' is the squared error: 1/2 and a variance would only change beta's scale."""
+    """-log p(x|z), x in [0, 1]: a SUM over pixels, as the KL is one over latents; by means beta were thousands of times
+    larger. The Gaussians' is the squared error: 1/2 and a variance would only change beta's scale."""
     if recon == "bernoulli":
         return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
     return (logits.sigmoid() - x).square().sum() / len(x)
@@ -160,8 +160,7 @@ def objective(args, rec, KL, t):
 
 # ------------------------------------------------------------ the metrics of disentanglement, which need known factors
 def higgins_feature(z1, z2):
-    """Higgins et al.'s: the mean over L pairs of the distance in each latent, [..., L, z_dim] -> [..., z_dim]. Which
-    factor the pairs share is then to be told from it, linearly."""
+    """The mean distance in each latent over L pairs, [..., L, z_dim] -> [..., z_dim], which tells the shared factor."""
     return (z1 - z2).abs().mean(-2)
 
 
@@ -173,7 +172,7 @@ def mutual_information_gaps(codes, factors, bins=20):
     H = lambda numbers: float(torch.special.entr(numbers.bincount() / len(codes)).sum())
     gaps = []
     for v in factors.T:
-        first, second = sorted(H(cell) + H(v) - H(cell + bins * v) for cell in cells.T)[:-3:-1]
+        first, second, *_ = sorted([0.0, *(H(cell) + H(v) - H(cell + bins * v) for cell in cells.T)], reverse=True)
         gaps.append((first - second) / H(v))
     return gaps
 
@@ -275,12 +274,12 @@ class Run:
             end = "\r" if sys.stdout.isatty() and self.step < self.args.steps else "\n"
             print("  ".join(f"{k} {v:g}" for k, v in row.items()), f" {left} left", end=end, flush=True)
 
-    def save(self, name="checkpoint.pt"):
-        """To a temporary file, flushed to the disk, renamed over the old one: a kill leaves one of the two, whole."""
+    def save(self, *names):
+        """The state as each of `names`, then checkpoint.pt: to a temporary file, flushed, renamed over the old one."""
         self.check(p for part in self.parts.values() if isinstance(part, nn.Module) for p in part.parameters())
         state = {"script": SCRIPT, "config": self.args.config, "step": self.step, "best": self.best}
         state |= {"seconds": time.time() - self.began} | {k: part.state_dict() for k, part in self.parts.items()}
-        if self.args.rank == 0:
+        for name in (*names, "checkpoint.pt") if self.args.rank == 0 else ():
             with open(self.args.out / f"{name}.tmp", "wb") as file:
                 torch.save(state, file)
                 file.flush()
@@ -366,12 +365,11 @@ def train(args):
             watch["active"] = (kl > 0.01).float().sum()  # latents that tell more than a hundredth of a nat
             watch |= {f"kl_{j}": value for j, value in enumerate(kl.sort(descending=True).values[:10], start=1)}
             run.log(loss=loss, rec=rec, **watch, lr=args.lr)
-        if run.every(args.save_every):
+        if run.every(args.save_every) or run.every(args.eval_every):
             run.save()
             picture(args, "samples.png", drawn(D, normal(args, 64, PICTURES, 0)))
         if run.every(args.eval_every):
-            run.save()
-            name, value = next(iter(judge_samples(args, D, full=False).items()))
+            name, value = next(iter(judge(args, D, full=False).items()))
             run.log(**{name: value})
             if value < run.best:
                 run.best = value
@@ -385,33 +383,25 @@ def train(args):
 
 def study(args):
     """Fil et al.'s question: --seeds runs with each of --betas, in folders of their own. study.json and a table: means
-    and standard deviations over the seeds, below Higgins et al.'s yardsticks; betas.png: test images and, a row a beta,
-    what is left of them."""
-    found, x = {}, next(images(args, "test", 10))
-    rows = [2 * x.expand(-1, 3, -1, -1) - 1]
-    for beta in args.betas or [args.beta]:
-        for seed in range(args.seed, args.seed + args.seeds):
-            own = {"beta": beta, "seed": seed, "out": args.out / f"beta-{beta:g}-seed-{seed}"}
-            one = argparse.Namespace(**vars(args) | own | {"seeds": 1, "betas": None})
-            one.config = args.config | {"beta": beta, "seed": seed}
-            found.setdefault(f"beta {beta:g}", []).append(train(one))
-        E, D, _ = restore(one)
-        rows.append(drawn(D, E(x)[0]))
-    picture(args, "betas.png", torch.cat(rows), columns=10)
-    runs = [metrics for row in found.values() for metrics in row]
-    for name in ("raw_pixels_", "pca_", "untrained_"):
-        found[name] = [{k.removeprefix(name): v for k, v in run.items() if k.startswith(name)} for run in runs]
-    starts = ("higgins", "mig", "factor_vae", "probe_top1", "rec", "kl", "fid", "fd_random", "recon_f")
-    columns = [k for k, v in runs[0].items() if k.startswith(starts) and isinstance(v, float)]
-    values = lambda row, k: [metrics[k] for metrics in row if k in metrics]
-    table = {name: {k: values(row, k) for k in columns if values(row, k)} for name, row in found.items()}
+    and standard deviations over the seeds, above Higgins et al.'s yardsticks, of all runs."""
+    found, table = {}, {}  # metrics of each run, by beta; values by metric and beta or yardstick
+    for beta, seed in product(args.betas or [args.beta], range(args.seed, args.seed + args.seeds)):
+        own, out = {"beta": beta, "seed": seed}, args.out / f"beta-{beta:g}-seed-{seed}"
+        own |= {"out": out, "seeds": 1, "betas": None, "config": args.config | own}
+        found.setdefault(f"beta {beta:g}", []).append(train(argparse.Namespace(**vars(args) | own)))
+    shown = ("higgins", "mig", "factor_vae", "probe_top1", "rec", "kl", "fid", "fd_random")
+    for prefix in ("", "raw_pixels_", "pca_", "untrained_"):
+        for name, runs in found.items():
+            for k, v in (item for metrics in runs for item in metrics.items()):
+                if k.startswith(tuple(prefix + word for word in shown)) and isinstance(v, float):
+                    row = table.setdefault(k.removeprefix(prefix), {})
+                    row.setdefault(prefix.strip("_") or name, []).append(v)
     if args.rank == 0:
         (args.out / "study.json").write_text(json.dumps(table, indent=1) + "\n")
-        for k in columns:
+        for k, rows in table.items():
             print(f"{k}, mean +- standard deviation over the runs")
-            for name in (name for name in table if k in table[name]):
-                v = np.array(table[name][k])
-                print(f"  {name.strip('_'):12} {v.mean():.4g} +- {v.std(ddof=len(v) > 1):.2g}  ({len(v)})")
+            for name, v in rows.items():
+                print(f"  {name:12} {np.mean(v):.4g} +- {np.std(v, ddof=len(v) > 1):.2g}  ({len(v)})")
 
 
 # ------------------------------------------------------------ pictures and numbers
@@ -440,10 +430,9 @@ def restore(args):
 
 def sample(args):
     """samples.png; reconstructions.png: pairs x, D(mu); interpolations.png: between the mu of test images;
-    traversals.png: a row a latent, that of the largest KL first (kl_units in metrics.json), from -3 to 3, the others
-    staying as two test images have them; of dSprites a square, an ellipse and a heart. responses.png, where x and y are
-    known: a row a latent, its mean over images at each place; of dSprites also at each scale (down) and orientation
-    (across) of the three shapes. Grey is 0. A rotated pair of latents is as good a code of x and y, but scores low."""
+    traversals.png: a row a latent, that of the largest KL first, from -3 to 3, the others staying as two test images
+    have them; of dSprites a square, an ellipse and a heart. responses.png, where x and y are known: a row a latent, its
+    mean over images at each place; of dSprites also at each scale (down) and orientation (across) of each shape."""
     E, D, _ = restore(args)
     x = next(images(args, "test", 40))
     mu, logvar = E(x)
@@ -480,19 +469,16 @@ def floats(args, pictures):  # uint8 [n, S, S, 3] -> [n, 3, S, S] in [-1, 1]
     return pictures.to(args.device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def judge_samples(args, D, full=True):
-    data = load(args.data, args.fid_split, args.size, args.root, args.skip_broken)
-    draw = lambda chunk, n: drawn(D, normal(args, n, FAKES, chunk))
-    return fid.evaluate(draw, data, args.fid_samples, args.fid_features, args.device, args.fid_weights, full)
-
-
-def judge_reconstructions(args, E, D):
-    """Fil et al.'s FID: pictures against what D makes of their mu."""
-    data = load(args.data, args.fid_split, args.size, args.root, args.skip_broken)
-    again = lambda chunk, n: drawn(D, Mean(E, args.channels)(floats(args, data.images[chunk * fid.CHUNK :][:n])))
-    n = min(args.fid_samples, len(data))
-    found = fid.evaluate(again, data, n, args.fid_features, args.device, args.fid_weights)
-    return {f"recon_{k}": v for k, v in found.items()}
+def judge(args, D, E=None, full=True):
+    """FID and its sisters of samples; or given E Fil et al.'s, of pictures against what D makes of their mu."""
+    data, n = load(args.data, args.fid_split, args.size, args.root, args.skip_broken), args.fid_samples
+    if E is None:
+        draw = lambda chunk, n: drawn(D, normal(args, n, FAKES, chunk))
+    else:
+        n, mean = min(n, len(data)), Mean(E, args.channels)
+        draw = lambda chunk, n: drawn(D, mean(floats(args, data.images[chunk * fid.CHUNK :][:n])))
+    found = fid.evaluate(draw, data, n, args.fid_features, args.device, args.fid_weights, full)
+    return found if E is None else {f"recon_{k}": v for k, v in found.items()}
 
 
 def known(args):
@@ -527,13 +513,13 @@ def higgins_points(args, encoders, columns, points):
 
 
 def disentanglement(args, E, untrained):
-    """The three metrics of mu and R^2 of a linear fit of factors from it, beside yardsticks: an untrained E, pixels (of
-    16 x 16) and whitened principal components, but not Higgins et al.'s ICA."""
+    """The three metrics of mu beside yardsticks: an untrained E, pixels (of 16 x 16) and whitened principal components.
+    Higgins et al.'s ICA is left out."""
     data, v = known(args)
     flat = lambda x: x[:, : args.channels].flatten(1)
     x, n, k = flat(floats(args, data.images)), args.metric_points, args.z_dim
     torch.manual_seed(args.seed)  # of the decomposition
-    mean, (_, S, V) = x.mean(0), torch.svd_lowrank(x - x.mean(0), k + 6)
+    mean, (_, S, V) = x.mean(0), torch.svd_lowrank(x - x.mean(0), min(k + 6, *x.shape))
     whiten = V[:, :k] / S[:k] * len(data) ** 0.5
     pca = lambda x: (flat(x) - mean) @ whiten
     encoders = {"": Mean(E, args.channels), "untrained_": Mean(untrained, args.channels)}
@@ -551,10 +537,6 @@ def disentanglement(args, E, untrained):
         found |= {f"{prefix}mig": float(np.mean([*gaps.values()]))} | {f"{prefix}mig_{k}": gaps[k] for k in gaps}
         random = np.random.default_rng([args.seed, METRICS, 1])
         found[f"{prefix}factor_vae"] = factor_vae_score(codes, factors, n, random)
-        for k in ("x", "y", "scale"):
-            target, design = data.factors[:, FACTORS[args.data][k]].float(), F.pad(codes, (0, 1), value=1.0)
-            rest = target - design @ torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
-            found[f"{prefix}r2_{k}"] = 1 - float(rest.var() / target.var())
     return found
 
 
@@ -563,7 +545,7 @@ def evaluate(args):
     """metrics.json: nats an image of test images, the linear probe of mu, disentanglement where factors are known, FID
     and its sisters of samples and, from recon_ on, of reconstructions."""
     E, D, state = restore(args)
-    untrained, n = build(args), args.probe_samples or None
+    untrained, n = build(args), args.probe_samples or (500_000 if args.data == "dsprites" else None)
     read = lambda split, rows: load(args.data, split, args.size, args.root, args.skip_broken, rows)
     device = torch.cuda.get_device_name() if "cuda" in args.device else f"cpu, {torch.get_num_threads()} threads"
     metrics = {"command": " ".join(sys.argv), "device": device, "torch": torch.__version__, "steps": state["step"]}
@@ -580,11 +562,11 @@ def evaluate(args):
     metrics |= {"active": int((kl > 0.01).sum()), "kl_units": kl.sort(descending=True).values.tolist()}
 
     def probe():  # all of dSprites is one split
-        test = slice(n, n + n // 2) if n and args.data == "dsprites" else slice(n and n // 2)
+        test = slice(n, n + n // 2) if args.data == "dsprites" else slice(n and n // 2)
         networks = [Mean(network, args.channels) for network in (E, untrained[0])]
         return linear_probe.evaluate(networks[0], read("train", slice(n)), read("test", test), networks[1], args.device)
 
-    measures = [probe, lambda: judge_samples(args, D), lambda: judge_reconstructions(args, E, D)]
+    measures = [probe, lambda: judge(args, D), lambda: judge(args, D, E)]
     measures += [lambda: disentanglement(args, E, untrained[0])] if args.data in FACTORS else []
     for measure in measures:
         try:

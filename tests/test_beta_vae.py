@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from fill import fill_, inputs, values
-from PIL import Image
 from test_parity import agree, filled
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -269,6 +268,7 @@ def test_mutual_information_gap():
     assert gap(v, v) == pytest.approx(0)
     assert gap(v, torch.tensor([0, 0, 0, 1])) == pytest.approx(0.68872, abs=1e-5)
     assert gap(v, torch.full((4,), 3.0)) == pytest.approx(1)  # a collapsed latent
+    assert gap(v) == pytest.approx(1)  # a single one
 
 
 def test_mutual_information_gap_by_counting():
@@ -314,7 +314,7 @@ def test_disentanglement(monkeypatch, root):
     E, untrained = (beta_vae.Encoder("burgess", 3, 32, 10) for _ in range(2))
     found = beta_vae.disentanglement(args, E.requires_grad_(False), untrained.requires_grad_(False))
     prefixes = ("", "untrained_", "pca_")
-    assert {f"{p}{k}" for p in prefixes for k in ("higgins", "mig", "factor_vae", "r2_x")} <= set(found)
+    assert {f"{p}{k}" for p in prefixes for k in ("higgins", "mig", "factor_vae")} <= set(found)
     assert "raw_pixels_higgins" in found and found["factors"] == ["ground", "scale", "x", "y"]
     assert all(0 <= v <= 1 for k, v in found.items() if k.endswith(("higgins", "mig", "factor_vae")))
 
@@ -510,11 +510,9 @@ def test_study(monkeypatch, tmp_path, capsys):
     first = [state["E"]["layers.0.weight"] for state in states]
     assert not torch.equal(first[0], first[1])
     table = json.loads((tmp_path / "study.json").read_text())
-    assert table["beta 4"]["higgins"] == pytest.approx([4, 4.1, 4.2]) and table["pca_"]["higgins"] == [0.5] * 6
+    assert table["higgins"]["beta 4"] == pytest.approx([4, 4.1, 4.2]) and table["higgins"]["pca"] == [0.5] * 6
     out = capsys.readouterr().out
     assert "beta 4       4.1 +- 0.1  (3)" in out and "pca          0.5 +- 0  (6)" in out and "recon_fd_random_9" in out
-    with Image.open(tmp_path / "betas.png") as picture:
-        assert picture.size == (10 * 34 + 2, 3 * 34 + 2)
 
 
 def test_wrong_sizes_are_refused():
@@ -551,4 +549,4 @@ def test_it_learns(monkeypatch, tmp_path, root):
         f"above the floor: {before:.0f} -> {after:.0f} nats in {STEPS} steps, without a code {blind:.0f}; KL {kl:.1f}"
     )
     assert after < 0.75 * blind, f"{after:.0f} nats above the floor, {blind:.0f} without a code"
-    assert 2 < kl < 40
+    assert 2 < kl < 15  # summed over the batch too, the reconstruction loss lets 35 nats through

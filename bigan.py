@@ -35,36 +35,33 @@ from common.data import NAMES, UserError, batches, generator, load
 
 SCRIPT = Path(__file__).stem
 LATENTS, POSTERIOR, DROPOUT, STANDING, PICTURES, FAKES = range(6)  # streams of random numbers
-GREY = ("mnist", "fashion_mnist")  # these have presets of their own, below
 
-# fmt: off
 PAPER = dict(  # ImageNet: section 4.3 and the appendix; 100 epochs, the second half of them at a falling rate
-    size=64, encoder_size=64, crop_from=72, z_dim=200, prior="uniform", networks={64: ("conv", dict(width=64))},
+    size=64, encoder_size=0, crop_from=72, z_dim=200, prior="uniform", networks={64: ("conv", dict(width=64))},
     steps=1_000_912, anneal=500_456, batch=128, lr=2e-4, betas=(0.5, 0.999), decay=2.5e-5, ema=0.0,
     standing=1000, log_every=100, save_every=5000, fid_features="inception", fid_samples=50_000, fid_split="test",
-    probe_samples=50_000)
+    probe_samples=50_000)  # fmt: skip
 PAPER_MNIST = PAPER | dict(  # Table 1: 400 epochs, half of them at a falling rate. No layer knows which pixels are near
-    size=32, encoder_size=0, crop_from=0, z_dim=50, networks={32: ("mlp", dict(width=1024))}, steps=187_500,
-    anneal=93_750, probe_samples=10_000)
+    size=32, crop_from=0, z_dim=50, networks={32: ("mlp", dict(width=1024))}, steps=187_500, anneal=93_750,
+    probe_samples=10_000)  # fmt: skip
 SMALL = PAPER | dict(  # ALI's networks, its 6475 epochs cut to 400, with BiGAN's falling rate and averaged weights
-    size=32, encoder_size=0, crop_from=0, z_dim=64, prior="normal", networks={32: ("ali", dict(width=32)),
-    64: ("conv", dict(width=64))}, steps=200_000, anneal=100_000, batch=100, decay=0.0, ema=0.999,
-    standing=200, fid_split="train", probe_samples=0)
+    size=32, crop_from=0, z_dim=64, prior="normal", steps=200_000, anneal=100_000, batch=100, decay=0.0, ema=0.999,
+    networks={32: ("ali", dict(width=32)), 64: ("conv", dict(width=64))}, standing=200, fid_split="train",
+    probe_samples=0)  # fmt: skip
 DEMO = SMALL | dict(  # for two CPU cores. Of ALI's networks D wins, whatever the rate; these stay in balance
     z_dim=32, networks={32: ("conv", dict(width=32)), 64: ("conv", dict(width=16))},
     steps=1200, anneal=0, batch=64, lr=5e-4, ema=0.998, standing=20, log_every=50,
-    save_every=500, fid_features="random", fid_samples=5000, fid_split="test", probe_samples=10_000)
-DEMO_MNIST = PAPER_MNIST | dict(
-    steps=2000, anneal=0, standing=100, log_every=50, save_every=500, fid_features="random", fid_samples=5000)
+    save_every=500, fid_features="random", fid_samples=5000, fid_split="test", probe_samples=10_000)  # fmt: skip
+DEMO_MNIST = PAPER_MNIST | dict(steps=2000, anneal=0, standing=100, log_every=50, save_every=500,
+    fid_features="random", fid_samples=5000)  # fmt: skip
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
-GREY_PRESETS = {"demo": DEMO_MNIST, "small": SMALL, "paper": PAPER_MNIST}
-# fmt: on
+GREY = {name: PRESETS | {"demo": DEMO_MNIST, "paper": PAPER_MNIST} for name in ("mnist", "fashion_mnist")}
 
 
 # ------------------------------------------------------------ parts of the networks
 def drawn(layer, std=0.02):
-    """The layer with its first weights, N(0, std^2); with std 0 of variance 1 / inputs, as fits maxout."""
-    nn.init.normal_(layer.weight, std=std or layer.weight[0].numel() ** -0.5)
+    """The layer with its first weights, N(0, std^2)."""
+    nn.init.normal_(layer.weight, std=std)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
@@ -133,22 +130,20 @@ class Unit(nn.Module):  # images in [-1, 1] -> [0, 1]
         return (x + 1) / 2
 
 
-def mlp(z_dim, outputs, size=32, encoder_size=32, width=1024, channels=1, border=2):
+def mlp(z_dim, outputs, size=32, encoder_size=32, width=1024):
     """MNIST, permutation-invariant: 28 x 28 grey pixels, the inside of common.data's 32 x 32. No layer has a bias, and
     batch norm neither gain nor bias. The text has none behind G's first layer, the authors' code has."""
-    side = size - 2 * border
-    pixels = channels * side**2
     linear = lambda cin, cout: drawn(nn.Linear(cin, cout, bias=False))
     norm = lambda: nn.BatchNorm1d(width, eps=1e-8, affine=False)
     relu, leaky = nn.ReLU(), nn.LeakyReLU(0.2)
-    see = [Unit(), nn.ConstantPad3d((-border,) * 4 + (0, channels - 3), 0.0), nn.Flatten()]  # cuts, as it is negative
+    see = [Unit(), nn.ConstantPad3d((-2, -2, -2, -2, 0, -2), 0.0), nn.Flatten()]  # negative padding cuts
     G = [Layer(linear(z_dim, width), norm(), relu), Layer(linear(width, width), norm(), relu, z_dim)]
-    G += [Layer(linear(width, pixels), act=nn.Unflatten(1, (channels, side, side)))]
-    E = [*see, linear(pixels, width), leaky, linear(width, width), norm(), leaky]
-    D = [Layer(nn.Sequential(*see, linear(pixels, width)), act=leaky)]
+    G += [Layer(linear(width, 784), act=nn.Unflatten(1, (1, 28, 28)))]
+    E = [*see, linear(784, width), leaky, linear(width, width), norm(), leaky]
+    D = [Layer(nn.Sequential(*see, linear(784, width)), act=leaky)]
     D += [Layer(linear(width, width), norm(), leaky, z_dim)]
     E, D = Encoder(*E, head=linear(width, outputs)), Discriminator(*D, logit=linear(width, 1))
-    return Generator(*G, border=border), E, D
+    return Generator(*G, border=2), E, D
 
 
 def conv(z_dim, outputs, size=64, encoder_size=64, width=64):
@@ -192,32 +187,29 @@ class Joint(nn.Module):  # D_xz(D_x(x), D_z(z))
         return self.xz(torch.cat([self.x(x).flatten(1), self.z(z)], 1))
 
 
-def ali(z_dim, outputs, size=32, encoder_size=32, width=32, std=0.01, dropout=(0.2, 0.5)):
-    """ALI on CIFAR-10. Nothing is padded: E's maps are 28, 13, 10, 4, 1, 1 wide, G's 4, 10, 13, 28, 32, 32. D has no
-    batch norm, but dropout on its inputs and on those of all later layers (the paper's table; the code skips some). Its
-    widths are those before maxout, as in the code. Convolutions of 1 x 1 maps are written as linear layers."""
+def ali(z_dim, outputs, size=32, encoder_size=32, width=32, dropout=(0.2, 0.5)):
+    """ALI on CIFAR-10. Nothing is padded: E's maps are 28, 13, 10, 4, 1, 1 wide, G's 4, 10, 13, 28, 32, 32. D drops
+    inputs of all layers (the paper's table; the code skips some); its widths are those before maxout, as in the code.
+    Convolutions of 1 x 1 maps are written as linear layers."""
     kernels = [(5, 1), (4, 2), (4, 1), (4, 2), (4, 1), (1, 1)]  # of E, and strides
     widths, widths_G = ([width * n for n in ns] for ns in ((1, 2, 4, 8, 16, 16), (8, 4, 2, 1, 1, 1)))
-    block = lambda layer: [drawn(layer, std), nn.BatchNorm2d(layer.out_channels), nn.LeakyReLU(0.1)]
-    linear = lambda cin, cout, bias=True: drawn(nn.Linear(cin, cout, bias=bias), std)
+    block = lambda layer: [drawn(layer, 0.01), nn.BatchNorm2d(layer.out_channels), nn.LeakyReLU(0.1)]
+    linear = lambda cin, cout, bias=True: drawn(nn.Linear(cin, cout, bias=bias), 0.01)
     G, E = [nn.Unflatten(1, (z_dim, 1, 1))], [Unit()]
     for channels, kernel in zip(pairwise([z_dim, *widths_G]), [*kernels[4::-1], (1, 1)], strict=True):
         G += block(nn.ConvTranspose2d(*channels, *kernel, bias=False))
     for channels, kernel in zip(pairwise([3, *widths]), kernels, strict=True):
         E += block(nn.Conv2d(*channels, *kernel, bias=False))
-    G = Layer(nn.Sequential(*G, drawn(nn.Conv2d(width, 3, 1, bias=False), std)))
+    G = Layer(nn.Sequential(*G, drawn(nn.Conv2d(width, 3, 1, bias=False), 0.01)))
 
     drop, n = [nn.Dropout(p) for p in dropout], widths[4]
     D_x, cin = [Unit(), drop[0]], 3
     for cout, kernel in zip(widths, kernels[:5], strict=False):
-        D_x, cin = [*D_x, drawn(nn.Conv2d(cin, cout, *kernel), std), Maxout(), drop[1]], cout // 2
+        D_x, cin = [*D_x, drawn(nn.Conv2d(cin, cout, *kernel), 0.01), Maxout(), drop[1]], cout // 2
     D_z = [drop[0], linear(z_dim, n, False), Maxout(), drop[1], linear(n // 2, n, False), Maxout(), drop[1]]
     D_xz = [linear(n, 2 * n), Maxout(), drop[1], linear(n, 2 * n), Maxout(), drop[1]]
     E, D = Encoder(*E, head=linear(widths[5], outputs)), Discriminator(Joint(D_x, D_z, D_xz), logit=linear(n, 1))
     return Generator(G, bias=(3, size, size)), E, D
-
-
-NETWORKS = {"mlp": mlp, "conv": conv, "ali": ali}
 
 
 # ------------------------------------------------------------ the objective
@@ -348,12 +340,12 @@ class Run:
             end = "\r" if sys.stdout.isatty() and self.step < self.args.steps else "\n"
             print("  ".join(f"{k} {v:g}" for k, v in row.items()), f" {left} left", end=end, flush=True)
 
-    def save(self, name="checkpoint.pt"):
-        """To a temporary file, flushed to the disk, renamed over the old one: a kill leaves one of the two, whole."""
+    def save(self, *names):
+        """The state as each of `names`, then checkpoint.pt: to a temporary file, flushed, renamed over the old one."""
         self.check(p for part in self.parts.values() if isinstance(part, nn.Module) for p in part.parameters())
         state = {"script": SCRIPT, "config": self.args.config, "step": self.step, "best": self.best}
         state |= {"seconds": time.time() - self.began} | {k: part.state_dict() for k, part in self.parts.items()}
-        if self.args.rank == 0:
+        for name in (*names, "checkpoint.pt") if self.args.rank == 0 else ():
             with open(self.args.out / f"{name}.tmp", "wb") as file:
                 torch.save(state, file)
                 file.flush()
@@ -379,10 +371,10 @@ def build(args):
     torch.manual_seed(args.seed)
     name, options = args.networks[args.size]
     outputs = args.z_dim * (2 if args.prior == "normal" else 1)
-    G, E, D = NETWORKS[name](args.z_dim, outputs, args.size, args.encoder_size, **options)
+    make = {"mlp": mlp, "conv": conv, "ali": ali}[name]
+    networks = make(args.z_dim, outputs, args.size, args.encoder_size, **options)
     if args.method != "bigan":  # as in the authors' code; a BiGAN's D would learn that z is 0
-        nn.init.zeros_(E.head.weight)
-    networks = [G, E, D]
+        nn.init.zeros_(networks[1].head.weight)
     if args.world > 1 and args.device != "cpu":  # statistics of the whole batch
         networks = [nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in networks]
     return [network.to(args.device, memory_format=torch.channels_last) for network in networks]
@@ -402,8 +394,7 @@ def settle(args, average, inputs=None):
     return network.eval()
 
 
-def odd(args, data):
-    """Which pictures are of the class that --anomaly names, bool [N]."""
+def odd(args, data):  # which pictures are of the class that --anomaly names, bool [N]
     labels, names, wanted = data.require_labels(), data.classes, args.anomaly
     if wanted not in names and not (wanted.isdecimal() and int(wanted) < len(names)):
         raise UserError(f"--anomaly {wanted}: give one of {', '.join(names)}, or its number from 0")
@@ -432,8 +423,6 @@ def images(args, split, batch, first=0, pieces=1, rank=0, world=1):
 
 def train(args):
     G, E, D = build(args)
-    if args.anomaly is not None and args.rank == 0:
-        print(f"{SCRIPT}.py: --anomaly reads the labels, to leave {args.anomaly} out of training", file=sys.stderr)
     if G.bias is not None:  # ALI: it starts at the log-odds of the mean of 500 images
         _, seen = next(images(args, "train", 500))
         G.bias.data.copy_((seen.mean(0) / 2 + 0.5).clamp(1e-7, 1 - 1e-7).logit())
@@ -452,8 +441,7 @@ def train(args):
     stream = images(args, "train", args.batch, run.step, args.accumulate, args.rank, args.world)
 
     while run.step < args.steps:
-        for network in (G, E, D):
-            network.train()
+        G.train(), E.train(), D.train()
         # The rate falls geometrically to a hundredth; the authors' by epochs. It does not depend on --steps.
         lr = args.lr * (0.01 ** min(max(run.step / args.anneal - 1, 0), 1) if args.anneal else 1)
         for group in optimiser.param_groups:
@@ -485,17 +473,15 @@ def train(args):
         run.step += 1
 
         if run.every(args.log_every):
-            with torch.no_grad(), autocast:  # z_std at 0: all images share one z
+            with torch.no_grad(), autocast:
                 z_hat = posterior(args, E.eval()(x))
-                matched, shuffled = (D.eval()(seen, latent) for latent in (z_hat, z_hat.roll(1, 0)))
-            # pairing: how much another image's z changes the logit; at 0 E and G do not hear of each other
-            watch = {"pairing": (matched - shuffled).abs(), "z_std": z_hat.std(0), "lr": lr}
-            run.log(loss_d=loss_d, loss_eg=loss_eg, real=l_r, fake=l_f, **watch)
-        if run.every(args.save_every):
+                pairing = (D.eval()(seen, z_hat) - D(seen, z_hat.roll(1, 0))).abs()
+            # pairing: what another image's z does to the logit; at 0 D is deaf. z_std: at 0 all images share one z
+            run.log(loss_d=loss_d, loss_eg=loss_eg, real=l_r, fake=l_f, pairing=pairing, z_std=z_hat.std(0), lr=lr)
+        if run.every(args.save_every) or run.every(args.eval_every):
             run.save()
             picture(args, "samples.png", settle(args, G_ema)(prior(args, 64, PICTURES, 0)))
         if run.every(args.eval_every):
-            run.save()
             name, value = next(iter(judge_samples(args, settle(args, G_ema), full=False).items()))
             run.log(**{name: value})
             if value < run.best:  # GANs collapse late
@@ -529,8 +515,7 @@ def restore(args):
     return settle(args, averages[0]), E, D, state
 
 
-def some(args, split):
-    """A split at E's size, as many of its pictures as --probe-samples lets through."""
+def some(args, split):  # at E's size, no more of its pictures than --probe-samples lets through
     n = args.probe_samples or None
     rows = slice(n if split == "train" else n and n // 2)
     return load(args.data, split, args.encoder_size, args.root, args.skip_broken, rows)
@@ -555,7 +540,7 @@ def oddness(args, G, E, D, data):
 def sample(args):
     """samples.png; reconstructions.png: test images, G(E(x)) behind each; regenerations.png: the same of samples;
     interpolations.png: four rows between two latents of the prior, then four between those of two test images;
-    anomalies.png: the 20 test images of the highest A(x) and the 20 of the lowest; --anomaly's class in red frames."""
+    anomalies.png: the 20 test images of the highest A(x) and the 20 of the lowest, G(E(x)) behind each."""
     G, E, D, _ = restore(args)
     (x, seen), z = next(images(args, "test", 40)), prior(args, 64, PICTURES, 0)
     x_hat, back = G(z), lambda x: G(posterior(args, E(x)))
@@ -566,18 +551,11 @@ def sample(args):
     picture(args, "reconstructions.png", pairs(seen, back(x)), columns=10)
     picture(args, "regenerations.png", pairs(x_hat, back(F.interpolate(x_hat, args.encoder_size)))[:80], columns=10)
     picture(args, "interpolations.png", G(rows.flatten(0, 1)), columns=10)
-
     new = some(args, "test")
     L_G, L_D, _ = oddness(args, G, E, D, new)
     order = anomaly_score(L_G, L_D, args.alpha).argsort(descending=True).cpu()
-    ends = torch.cat([order[:20], order[-20:]])
-    x = floats(args, new.images[ends])
-    again, seen = back(x), F.adaptive_avg_pool2d(x, args.size)
-    if args.anomaly is not None:
-        marked = odd(args, new)[ends].to(args.device)[:, None, None, None]
-        edge = F.pad(seen.new_zeros(args.size - 2, args.size - 2), (1, 1, 1, 1), value=1.0) > 0
-        seen = torch.where(marked & edge, seen.new_tensor([1, -1, -1])[:, None, None], seen)
-    picture(args, "anomalies.png", pairs(seen, again), columns=10)
+    x = floats(args, new.images[torch.cat([order[:20], order[-20:]])])
+    picture(args, "anomalies.png", pairs(F.adaptive_avg_pool2d(x, args.size), back(x)), columns=10)
 
 
 def judge_samples(args, G, full=True):
@@ -587,24 +565,21 @@ def judge_samples(args, G, full=True):
 
 
 def evaluate(args):
-    """metrics.json: the linear probe of E's features, how well E inverts G, on MNIST the paper's nearest neighbours,
-    with --anomaly how well the score finds the class that was left out, FID and its sisters."""
+    """metrics.json: E's linear probe, how well E inverts G, FID; MNIST's 1-NN; how well --anomaly's class is found."""
     G, E, D, state = restore(args)
-    untrained, (x, seen) = build(args), next(images(args, "test", 500))
+    fresh, (x, seen) = build(args), next(images(args, "test", 500))
     again = G(posterior(args, E(x)))  # EGr of the authors' log, in [0, 1], and EGr_b, which is of another image
-    miss, other = ((seen - y).flatten(1).norm(dim=1).mean() / 2 for y in (again, again.roll(1, 0)))
+    miss, other = (float((seen - y).flatten(1).norm(dim=1).mean()) / 2 for y in (again, again.roll(1, 0)))
     device = torch.cuda.get_device_name() if "cuda" in args.device else f"cpu, {torch.get_num_threads()} threads"
     metrics = {"command": " ".join(sys.argv), "device": device, "torch": torch.__version__, "steps": state["step"]}
     metrics |= {"images": state["step"] * args.batch, "seconds": round(state["seconds"], 1)}
-    metrics["parameters"] = {k: sum(p.numel() for p in n.parameters()) for k, n in zip("GED", untrained, strict=True)}
-    metrics |= {"reconstruction_error": float(miss), "reconstruction_error_mismatched": float(other)}
-    metrics["reconstruction_error_ratio"] = float(miss / other)
-
-    def probe():
-        return linear_probe.evaluate(E.trunk, some(args, "train"), some(args, "test"), untrained[1].trunk, args.device)
+    metrics["parameters"] = {k: sum(p.numel() for p in n.parameters()) for k, n in zip("GED", fresh, strict=True)}
+    metrics |= {"reconstruction_error": miss, "reconstruction_error_mismatched": other}
+    metrics["reconstruction_error_ratio"] = miss / other
+    probe = lambda: linear_probe.evaluate(E.trunk, some(args, "train"), some(args, "test"), fresh[1].trunk, args.device)
 
     def nearest_neighbour():  # Table 1: Euclidean, all of MNIST; `probe` has calibrated the untrained encoder
-        encoders = {"": E.trunk, "untrained_": untrained[1].trunk, "raw_pixels_": lambda x: x[:, 0].flatten(1)}
+        encoders = {"": E.trunk, "untrained_": fresh[1].trunk, "raw_pixels_": lambda x: x[:, 0].flatten(1)}
         found, sets = {}, [load(args.data, split, args.size, args.root) for split in ("test", "train")]
         for name, encoder in encoders.items():
             (queries, truth), (gallery, labels) = (linear_probe.extract(encoder, data, args.device) for data in sets)
@@ -613,12 +588,11 @@ def evaluate(args):
             found[f"{name}1nn_top1"] = float((labels[nearest] == truth).double().mean())
         return found
 
-    def anomalies():  # beside the score: reconstruction alone, and how far an image is from the mean one
-        data, known = some(args, "test"), normal(args, some(args, "train"))
-        away = floats(args, data.images) - floats(args, known.images).mean(0)
+    def anomalies():  # beside the score: reconstruction alone
+        data = some(args, "test")
         marked, (L_G, by_features, by_entropy) = odd(args, data).to(args.device), oddness(args, G, E, D, data)
         scores = {name: anomaly_score(L_G, L_D, args.alpha) for name, L_D in (("", by_features), ("_ce", by_entropy))}
-        scores |= {"_reconstruction": L_G, "_mean_image": away.abs().sum((1, 2, 3))}
+        scores["_reconstruction"] = L_G
         return {f"anomaly_auroc{name}": auroc(score, marked) for name, score in scores.items()}
 
     measures = [probe, lambda: judge_samples(args, G)]
@@ -640,24 +614,21 @@ def evaluate(args):
 
 
 # ------------------------------------------------------------ the command line
-# fmt: off
 FLAGS = {  # those whose defaults are in PRESETS
     "size": "side of G's images, pixels", "encoder_size": "side of E's images, pixels; 0: the same",
     "crop_from": "side of the squares that training images are cut from, pixels; 0: no crops",
     "z_dim": "dimensions of z", "steps": "training steps; more of them extend a finished run",
     "anneal": "step from which the learning rates fall, to a hundredth in as many steps; 0: never",
     "batch": "images a step, over all ranks and pieces", "lr": "learning rate of all three",
-    "ema": "decay of the averages of G, E and D, 0 to 1; 0: none",
-    "log_every": "steps between two lines of log.jsonl",
+    "ema": "decay of the averages of G, E and D, 0 to 1; 0: none", "log_every": "steps between two lines of log.jsonl",
     "save_every": "steps between checkpoints, each with a samples.png", "fid_samples": "samples that FID is taken of",
     "fid_features": "random needs no weights, gives fd_random", "fid_split": "FID's real images",
     "probe_samples": "training images of the linear probe, with half as many test images; 0: all",
-}
+}  # fmt: skip
 CHOICES = {"fid_features": ("inception", "random"), "fid_split": ("train", "test")}
 FREE = (  # what may differ between two runs of one checkpoint: beginnings of names
     "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best", "log_",
-    "save_", "eval_", "fid_", "probe_", "alpha")
-# fmt: on
+    "save_", "eval_", "fid_", "probe_", "alpha")  # fmt: skip
 
 
 def parse():
@@ -689,7 +660,7 @@ def parse():
     asked, _ = parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
     usual = {"imagenet": "paper", "shapes": "demo", "dsprites": "demo", "mnist": "demo", "fashion_mnist": "demo"}
     preset = asked.preset or usual.get(asked.data, "small")
-    defaults = (GREY_PRESETS if asked.data in GREY else PRESETS)[preset]
+    defaults = GREY.get(asked.data, PRESETS)[preset]
     parser.set_defaults(preset=preset, out=Path("runs", f"{SCRIPT}-{Path(asked.data).name}"), **defaults)
     args = parser.parse_args()
     args.encoder_size = args.encoder_size or args.size
@@ -700,10 +671,9 @@ def parse():
         if isinstance(value, int | float) and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
     name, _ = args.networks.get(args.size, ("", {}))
-    larger = args.encoder_size > args.size and (name != "conv" or args.method != "bigan")  # regressors' E sees G(z)
-    if not name or args.encoder_size < args.size or larger:
-        flags = f"--size {args.size}, --encoder-size {args.encoder_size}"
-        raise UserError(f"{flags}: --size is one of {[*args.networks]}; E's is the same, or more for an AlexNet")
+    larger = args.size if name == "conv" and args.method == "bigan" else math.inf  # regressors' E sees G(z)
+    if not name or (args.encoder_size != args.size and args.encoder_size < larger):
+        raise UserError(f"--size is one of {[*args.networks]}; --encoder-size the same, or more for a BiGAN's AlexNet")
     if 0 < args.crop_from < args.encoder_size:
         raise UserError(f"--crop-from {args.crop_from}: must be at least --encoder-size {args.encoder_size}, or 0")
     args.config = {k: v for k, v in vars(args).items() if not k.startswith(FREE)}

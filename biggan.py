@@ -36,34 +36,31 @@ from common.data import NAMES, UserError, batches, generator, load
 SCRIPT = Path(__file__).stem
 LATENTS, STANDING, PICTURES, FAKES = range(4)  # streams of random numbers
 TRUNCATIONS = (2.0, 1.0, 0.5, 0.25)  # thresholds of the sweep, beside no truncation
+SWEPT = ("fid", "fd_", "inception_score", "precision", "recall")  # what it reports
 
-# fmt: off
 LAYOUTS = {  # by image size: channels of G's 4x4 map and after each block, in units of ch; of D after each block; how
     # many of its blocks halve the map; width of z; size of the map with attention. Appendix B; 32, 64: authors' code
     32: ((4, 4, 4, 4), (4, 4, 4, 4), 2, 128, 0),
     64: ((16, 16, 8, 4, 2), (1, 2, 4, 8, 16), 4, 120, 32),
     128: ((16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 120, 64),
     256: ((16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 6, 140, 64),
-}
+}  # fmt: skip
 PAPER = dict(  # Table 1's last row at 128x128; what it does not state (the average's start) is the authors' code's
-    size=128, ch=96, embed_dim=128, layouts=LAYOUTS, init_std=0.0,  # 0: orthogonal weights
+    size=128, ch=96, embed_dim=128, layouts=LAYOUTS, init_std=0.0, ortho=1e-4,  # std 0: orthogonal weights
     steps=165_000, batch=2048, d_steps=2, lr_d=2e-4, lr_g=5e-5, betas=(0.0, 0.999), sn_eps=1e-4, bn_eps=1e-4,
-    ortho=1e-4, ema=0.9999, ema_start=20_000, standing=100, log_every=100, save_every=1000,
-    fid_features="inception", fid_samples=50_000, fid_split="train", probe_samples=50_000, sweep_samples=10_000,
-    classifier_steps=0)
+    ema=0.9999, ema_start=20_000, standing=100, log_every=100, save_every=1000, sweep_samples=10_000, fid_split="train",
+    fid_features="inception", fid_samples=50_000, probe_samples=50_000, classifier_steps=0)  # fmt: skip
 SMALL = PAPER | dict(  # the authors' CIFAR-10 recipe (launch_cifar_ema.sh): no shared embedding, z whole
     size=32, ch=64, embed_dim=0, init_std=0.02, steps=125_000, batch=50, d_steps=4, lr_g=2e-4, sn_eps=1e-8, bn_eps=1e-5,
-    ortho=0.0, ema_start=1000, save_every=2000, probe_samples=0, classifier_steps=5000)
+    ortho=0.0, ema_start=1000, save_every=2000, probe_samples=0, classifier_steps=5000)  # fmt: skip
 DEMO = SMALL | dict(  # for a CPU; 1000 steps draw colours and blobs, but not yet the classes that were asked for
     layouts=LAYOUTS | {32: ((4, 4, 2, 1), (1, 2, 4, 4), 3, 32, 0), 64: ((4, 4, 4, 2, 1), (1, 2, 4, 4, 4), 4, 40, 0)},
     ch=16, embed_dim=32, init_std=0.0, steps=1000, batch=32, d_steps=1, lr_d=5e-4, lr_g=5e-4, betas=(0.0, 0.99),
-    sn_eps=1e-6, ema=0.995, ema_start=300, standing=20, log_every=50, save_every=500,
-    fid_features="random", fid_samples=5000, fid_split="test", probe_samples=10_000, sweep_samples=2000,
-    classifier_steps=300)
+    sn_eps=1e-6, ema=0.995, ema_start=300, standing=20, log_every=50, save_every=500, sweep_samples=2000,
+    classifier_steps=300, fid_features="random", fid_samples=5000, fid_split="test", probe_samples=10_000)  # fmt: skip
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
 DEEP = {  # what --deep changes. The paper's rates at 256x256 are 2.5e-5 for both
-    "demo": dict(ch=32), "small": dict(embed_dim=128), "paper": dict(ch=128)}
-# fmt: on
+    "demo": dict(ch=32), "small": dict(embed_dim=128), "paper": dict(ch=128)}  # fmt: skip
 
 
 # ------------------------------------------------------------ G
@@ -153,13 +150,11 @@ class DeepGBlock(GBlock):
 
     def __init__(self, cin, cout, affine, attend, eps, grow):
         nn.Module.__init__(self)  # of GBlock only forward is left
-        mid, layers = cin // 4, []
+        mid, self.layers = cin // 4, nn.ModuleList()
         for i, (a, b, kernel) in enumerate(((cin, mid, 1), (mid, mid, 3), (mid, mid, 3), (mid, cout, 1))):
-            norm = nn.BatchNorm2d(a, affine=False)
             conv = spectral(nn.Conv2d(a, b, kernel, padding=kernel // 2), eps)
             up = nn.Upsample(scale_factor=grow if i == 1 else 1)
-            layers.append(nn.ModuleList([norm, affine(a), affine(a), up, conv]))
-        self.layers = nn.ModuleList(layers)
+            self.layers.append(nn.ModuleList([nn.BatchNorm2d(a, affine=False), affine(a), affine(a), up, conv]))
         self.skip = nn.Sequential(nn.ZeroPad3d((0, 0, 0, 0, 0, cout - cin)), nn.Upsample(scale_factor=grow))
         self.attention = Attention(cout, eps) if attend else nn.Identity()
 
@@ -236,16 +231,14 @@ def deep_trunk(widths, halvings, size, attention=0, eps=1e-4):
 
 
 class Discriminator(nn.Module):
-    """x [B, 3, S, S], y [B] -> scores [B] of images as images of their class: the projection discriminator (Miyato and
-    Koyama 2018)."""
+    """x [B, 3, S, S], y [B] -> scores [B] of images as of their class, by projection (Miyato and Koyama 2018)."""
 
     def __init__(self, trunk, width, classes, eps=1e-4):
         super().__init__()
         self.trunk, self.linear = trunk, spectral(nn.Linear(width, 1), eps)
         self.embed = spectral(nn.Embedding(classes, width), eps)
 
-    def features(self, x):
-        """h, [B, width]: a SUM over positions, not their mean; scores scale with it."""
+    def features(self, x):  # h, [B, width]: a SUM over positions, not their mean; scores scale with it
         return F.relu(self.trunk(x)).sum((2, 3), dtype=torch.float32)
 
     def forward(self, x, y):
@@ -265,8 +258,7 @@ def generator_loss(fake):
 
 
 def orthogonality(G):
-    """R(W) / beta = ||W W^T * (1 - I)||_F^2 (equation 3), summed over G's weights as matrices [out, in] but for the
-    embedding: different filters shall be orthogonal, their norms are free."""
+    """R(W) / beta = ||W W^T * (1 - I)||_F^2 (equation 3), summed over G's weights [out, in] but for the embedding."""
     # ||W W^T|| = ||W^T W||, and its diagonal holds squared norms: so the smaller of the two products will do
     weights = [p.flatten(1) for p in G.parameters() if p.ndim > 1 and p is not G.embed.weight]
     grams = [w @ w.T if len(w) < w.shape[1] else w.T @ w for w in weights]
@@ -287,11 +279,6 @@ def prior(args, n, *key, truncation=math.inf):
 
 def generate(args, G, z, c):
     return G(z, G.embed(c) if args.embed_dim else c)
-
-
-def judge(D, x, y, x_hat, c):
-    """Scores of real and drawn images, which D sees as one batch."""
-    return D(torch.cat([x, x_hat]), torch.cat([y, c])).chunk(2)
 
 
 # ------------------------------------------------------------ the frame, the same in every script
@@ -374,12 +361,12 @@ class Run:
             end = "\r" if sys.stdout.isatty() and self.step < self.args.steps else "\n"
             print("  ".join(f"{k} {v:g}" for k, v in row.items()), f" {left} left", end=end, flush=True)
 
-    def save(self, name="checkpoint.pt"):
-        """To a temporary file, flushed to the disk, renamed over the old one: a kill leaves one of the two, whole."""
+    def save(self, *names):
+        """The state as each of `names`, then checkpoint.pt: to a temporary file, flushed, renamed over the old one."""
         self.check(p for part in self.parts.values() if isinstance(part, nn.Module) for p in part.parameters())
         state = {"script": SCRIPT, "config": self.args.config, "step": self.step, "best": self.best}
         state |= {"seconds": time.time() - self.began} | {k: part.state_dict() for k, part in self.parts.items()}
-        if self.args.rank == 0:
+        for name in (*names, "checkpoint.pt") if self.args.rank == 0 else ():
             with open(self.args.out / f"{name}.tmp", "wb") as file:
                 torch.save(state, file)
                 file.flush()
@@ -433,9 +420,8 @@ def settle(args, average, truncation=math.inf):
 
 
 def watch(args, G, D, x, z, c):
-    """Signs of collapse. spread: how far two images of one class that G draws lie apart, beside two real images; label:
-    one z drawn as two classes; sigma: the largest singular value of three layers' weights before they are normalised,
-    of which the first one's in G explodes when it collapses (section 4)."""
+    """Signs of collapse. spread: how far two drawn images of one class lie apart, beside two real ones; label: one z
+    in two classes; sigma: weights' largest singular values, of which that of G's first layer explodes (section 4)."""
     G.eval()  # in train mode batch norm would move
     with torch.no_grad():
         here, there, other = (generate(args, G, *pair) for pair in ((z, c), (z.roll(1, 0), c), (z, c.roll(1))))
@@ -464,16 +450,13 @@ def train(args):
     first, cut = run.step * args.d_steps, (args.device, args.rank, args.world)
     stream = batches(data, args.batch, args.seed, first, args.accumulate, False, None, *cut)  # no mirror images
 
-    def draw(k):
-        """z and c of the step's k-th batch, this rank's pieces of it. They are drawn for the whole batch and cut, so
-        that neither ranks nor pieces change them."""
+    def draw(k):  # this rank's pieces of the step's k-th z and c, which are drawn for the whole batch and cut
         z, c = prior(args, args.batch, LATENTS, run.step * (args.d_steps + 1) + k)
         cuts = [slice(share * n, share * (n + 1)) for n in range(args.rank, args.world * args.accumulate, args.world)]
         return [(z[cut], c[cut]) for cut in cuts]
 
     while run.step < args.steps:
-        G.train(), D.train()
-        D.requires_grad_(True)
+        G.train(), D.train().requires_grad_(True)
         for k in range(args.d_steps):  # D learns to tell real images from drawn ones, of whatever class
             power_iteration(G, D)
             opt_D.zero_grad()
@@ -481,7 +464,7 @@ def train(args):
                 with autocast:
                     with torch.no_grad():
                         x_hat = generate(args, G, z, c)
-                    real, fake = judge(D, x, y, x_hat, c)
+                    real, fake = D(torch.cat([x, x_hat]), torch.cat([y, c])).chunk(2)  # one forward pass for both
                     loss_d = discriminator_loss(real, fake)
                 (loss_d / args.accumulate).backward()
             average_gradients(args, D)
@@ -505,12 +488,11 @@ def train(args):
 
         if run.every(args.log_every):
             run.log(loss_d=loss_d, loss_g=loss_g, real=real, fake=fake, **watch(args, G, D, x, z, c), lr=args.lr_g)
-        if run.every(args.save_every):
+        if run.every(args.save_every) or run.every(args.eval_every):
             run.save()
             picture(args, "samples.png", class_rows(args, settle(args, G_ema)), columns=10)
         if run.every(args.eval_every):
-            run.save()
-            name, value = next(iter(judge_samples(args, settle(args, G_ema), full=False).items()))
+            name, value = next(iter(judge_samples(args, G_ema, args.fid_samples, args.truncation, full=False).items()))
             run.log(**{name: value})
             if value < run.best:  # GANs collapse late
                 run.best = value
@@ -549,9 +531,8 @@ def class_rows(args, G, truncation=math.inf):
 
 
 def sample(args):
-    """samples.png: a row a class. truncation.png: two classes, for each a row without truncation and one a threshold.
-    interpolations.png: four rows each between two z, two classes, and both at once; without a shared embedding nothing
-    lies between classes."""
+    """samples.png: a row a class; truncation.png: two classes, for each a row without truncation and one a threshold;
+    interpolations.png: four rows each between two z, two classes, and both; without a shared embedding z alone."""
     average, _, _ = restore(args)
     G = settle(args, average, args.truncation)
     rows = [class_rows(args, settle(args, average, t), t).split(10) for t in (math.inf, *TRUNCATIONS)]
@@ -559,38 +540,16 @@ def sample(args):
     c = torch.arange(24, device=args.device).view(12, 2) % args.classes
     z[4:8, 1], c[:4, 1] = z[4:8, 0], c[:4, 0]
     between = lambda ends: torch.lerp(ends[:, :1], ends[:, 1:], t.to(args.device)[:, None]).flatten(0, 1)
-    if args.embed_dim:
-        mixed = G(between(z), between(G.embed(c)))
-    else:
-        mixed = G(between(z[:4]), c[:4, 0].repeat_interleave(10))
+    mixed = G(between(z), between(G.embed(c)) if args.embed_dim else c[:, 0].repeat_interleave(10))
     picture(args, "samples.png", class_rows(args, G, args.truncation), columns=10)
     picture(args, "truncation.png", torch.cat([row[i] for i in (0, -1) for row in rows]), columns=10)
-    picture(args, "interpolations.png", mixed, columns=10)
+    picture(args, "interpolations.png", mixed if args.embed_dim else mixed[:40], columns=10)
 
 
-def judge_samples(args, G, full=True):
-    data = load(args.data, args.fid_split, args.size, args.root, args.skip_broken)
-    draw = lambda chunk, n: generate(args, G, *prior(args, n, FAKES, chunk, truncation=args.truncation))
-    return fid.evaluate(draw, data, args.fid_samples, args.fid_features, args.device, args.fid_weights, full)
-
-
-def sweep_truncation(args, average):
-    """Precision and recall without truncation and at each threshold: the lower it is, the better and the less varied
-    the samples."""
-    data = load(args.data, args.fid_split, args.size, args.root, args.skip_broken, slice(args.sweep_samples))
-    random = args.fid_features == "random"
-    net = fid.RandomFeatures(args.device) if random else fid.Inception(args.fid_weights, args.device)
-    parts, stats = data.images.permute(0, 3, 1, 2).split(fid.CHUNK), fid.Stats(net.dim, args.device)
-    stats.update(real := torch.cat([net(part)[0] for part in parts]))
-    scale = net.scale(stats).to(real) if random else 1.0
-    found = {"truncation_features": net.name, "truncation_n": len(data)}
-    for t in (math.inf, *TRUNCATIONS):
-        G, keys = settle(args, average, t), [(FAKES, i) for i in range(len(parts))]
-        drawn = (generate(args, G, *prior(args, fid.CHUNK, *key, truncation=t)) for key in keys)
-        fake = torch.cat([net(((x + 1) * 127.5).round().to(torch.uint8))[0] for x in drawn])[: len(data)]
-        shares = fid.prdc(real / scale, fake / scale, k=3)
-        found |= {f"truncation_{t:g}_{k}": shares[k] for k in ("precision", "recall")}
-    return found
+def judge_samples(args, average, n, truncation, full=True):
+    G, data = settle(args, average, truncation), load(args.data, args.fid_split, args.size, args.root, args.skip_broken)
+    draw = lambda chunk, m: generate(args, G, *prior(args, m, FAKES, chunk, truncation=truncation))
+    return fid.evaluate(draw, data, n, args.fid_features, args.device, args.fid_weights, full)
 
 
 def name_samples(args, G):
@@ -617,10 +576,8 @@ def name_samples(args, G):
 
 
 def evaluate(args):
-    """metrics.json: the linear probe of D's features, FID and its sisters, truncation, and whether samples are of their
-    class."""
-    average, D, state = restore(args)
-    G, untrained = settle(args, average, args.truncation), build(args)
+    """metrics.json: the probe of D's features, FID and its sisters, truncation, whether samples are of their class."""
+    (average, D, state), untrained = restore(args), build(args)
     device = torch.cuda.get_device_name() if "cuda" in args.device else f"cpu, {torch.get_num_threads()} threads"
     metrics = {"command": " ".join(sys.argv), "device": device, "torch": torch.__version__, "steps": state["step"]}
     metrics |= {"images": state["step"] * args.d_steps * args.batch, "seconds": round(state["seconds"], 1)}
@@ -630,12 +587,18 @@ def evaluate(args):
     def probe():  # the features that D's scores are made of, pooled
         n = args.probe_samples or None
         read = lambda split, n: load(args.data, split, args.size, args.root, args.skip_broken, slice(n))
-        encoders = [nn.Sequential(network.trunk, nn.ReLU()) for network in (D, untrained[1])]
-        data = read("train", n), read("test", n and n // 2)
-        return linear_probe.evaluate(encoders[0], *data, encoders[1], args.device)
+        known, fresh = (nn.Sequential(network.trunk, nn.ReLU()) for network in (D, untrained[1]))
+        return linear_probe.evaluate(known, read("train", n), read("test", n and n // 2), fresh, args.device)
 
-    measures = [probe, lambda: judge_samples(args, G), lambda: sweep_truncation(args, average)]
-    measures += [lambda: name_samples(args, G)] if args.classifier_steps else []
+    def sweep():  # the lower the threshold, the better and the less varied the samples
+        found = {}
+        for t in (math.inf, *TRUNCATIONS):
+            scores = judge_samples(args, average, args.sweep_samples, t)
+            found |= {f"truncation_{t:g}_{k}": v for k, v in scores.items() if k.startswith(SWEPT)}
+        return found
+
+    measures = [probe, lambda: judge_samples(args, average, args.fid_samples, args.truncation), sweep]
+    measures += [lambda: name_samples(args, settle(args, average, args.truncation))] * (args.classifier_steps > 0)
     for measure in measures:
         try:
             metrics |= measure()
@@ -646,34 +609,30 @@ def evaluate(args):
         (args.out / "metrics.json.tmp").write_text(json.dumps(metrics, indent=1) + "\n")
         os.replace(args.out / "metrics.json.tmp", args.out / "metrics.json")
         print(f"{args.out} has the pictures, and metrics.json, where among others:")
-        shown = ("top1", "agreement", "precision", "recall")
-        for k in (k for k in metrics if k.endswith(shown) or k.startswith(("fid", "fd_"))):
+        for k in (k for k in metrics if k.endswith(("top1", "agreement")) or k.startswith((*SWEPT, "truncation_"))):
             print(f"  {k} {metrics[k]:.4g}")
         print("top1: accuracy with D's features (D saw labels), beside untrained_, raw_pixels_, random_features_; fid,")
         print("fd_random (NOT FID): distance from real images, 0 is best; agreement: samples that are of their class.")
 
 
 # ------------------------------------------------------------ the command line
-# fmt: off
 FLAGS = {  # those whose defaults are in PRESETS
     "size": "side of G's images, pixels", "ch": "channels of the narrowest layers, of which all others' are multiples",
     "embed_dim": "width of the class embedding that G's blocks share, each with a chunk of z; 0: tables in each block",
-    "steps": "training steps; more of them extend a finished run",
-    "batch": "images a step, over all ranks and pieces", "d_steps": "steps of D for one of G",
-    "lr_d": "learning rate of D", "lr_g": "learning rate of G", "ortho": "beta, weight of the orthogonal penalty on G",
-    "ema": "decay of the average of G, 0 to 1", "log_every": "steps between two lines of log.jsonl",
-    "save_every": "steps between checkpoints, each with a samples.png", "fid_samples": "samples that FID is taken of",
-    "fid_features": "random needs no weights, gives fd_random", "fid_split": "FID's real images",
+    "steps": "training steps; more of them extend a finished run", "d_steps": "steps of D for one of G",
+    "batch": "images a step, over all ranks and pieces", "lr_d": "learning rate of D", "lr_g": "learning rate of G",
+    "ortho": "beta, weight of the orthogonal penalty on G", "ema": "decay of the average of G, 0 to 1",
+    "log_every": "steps between two lines of log.jsonl", "fid_samples": "samples that FID is taken of",
+    "save_every": "steps between checkpoints, each with a samples.png", "fid_split": "FID's real images",
+    "fid_features": "random needs no weights, gives fd_random",
     "probe_samples": "training images of the linear probe, with half as many test images; 0: all",
     "sweep_samples": "samples for each threshold of the truncation sweep",
     "classifier_steps": "training steps of the network that names the samples' classes; 0: none",
-}
+}  # fmt: skip
 CHOICES = {"fid_features": ("inception", "random"), "fid_split": ("train", "test")}
 FREE = (  # what may differ between two runs of one checkpoint: beginnings of names
     "command", "root", "out", "steps", "accumulate", "device", "precision", "compile", "skip_broken", "best", "log_",
-    "save_", "eval_", "fid_", "probe_", "sweep_", "classifier_",
-    "truncation")
-# fmt: on
+    "save_", "eval_", "fid_", "probe_", "sweep_", "classifier_", "truncation")  # fmt: skip
 
 
 def parse():
@@ -708,14 +667,12 @@ def parse():
     parser.set_defaults(**DEEP[preset] if asked.deep else {})
     args = parser.parse_args()
     least = dict.fromkeys(("steps", "batch", "accumulate", "d_steps", "log_every", "save_every", "fid_samples"), 1)
-    least |= {"ch": 8, "embed_dim": int(args.deep), "sweep_samples": 10}
+    least |= {"ch": 8, "embed_dim": int(args.deep), "sweep_samples": 10, "truncation": 0.01}
     most = {"ema": 1, "seed": 2**63 - 1}
     for name, value in vars(args).items():
         low, high = least.get(name, 0), most.get(name, math.inf)
         if isinstance(value, int | float) and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
-    if not args.truncation >= 0.01:
-        raise UserError(f"--truncation {args.truncation}: must be at least 0.01")
     if args.size not in args.layouts:
         raise UserError(f"--size {args.size}: is one of {[*args.layouts]}")
     args.z_dim = args.embed_dim if args.deep else args.layouts[args.size][3]  # BigGAN-deep: 128 both

@@ -759,34 +759,35 @@ def test_pictures_without_a_shared_embedding(trained):
 
 
 def test_metrics(trained, monkeypatch):
-    args, heard = trained("--sweep-samples", 40), []
+    args, heard, judged = trained("--sweep-samples", 40), [], []
     settle = biggan.settle
     monkeypatch.setattr(biggan, "settle", lambda *given: heard.append(given[2]) or settle(*given))
-    monkeypatch.setattr(fid, "evaluate", lambda *args, **options: {"fd_random": 1.0})
+    scores = {"fd_random": 1.0, "precision_random_k3": 0.5, "recall_random_k3": 0.25, "kid_random": 2.0}
+    monkeypatch.setattr(fid, "evaluate", lambda *args: judged.append(args[2]) or scores)
     args.classifier_steps = 30
     biggan.evaluate(args)
     metrics = json.loads((args.out / "metrics.json").read_text())
     assert metrics["steps"] == 2 and metrics["images"] == 16 and metrics["probe_saw_labels"]
     assert {"probe_top1", "untrained_probe_top1", "raw_pixels_probe_top1", "fd_random"} <= set(metrics)
-    assert heard == [math.inf, math.inf, *biggan.TRUNCATIONS]
-    for t in (math.inf, *biggan.TRUNCATIONS):
-        assert 0 <= metrics[f"truncation_{t:g}_precision"] <= 1 and 0 <= metrics[f"truncation_{t:g}_recall"] <= 1
-    assert metrics["truncation_n"] == 40
+    assert heard == [math.inf, math.inf, *biggan.TRUNCATIONS, math.inf] and judged == [5000, *[40] * 5]
+    swept = {k: v for k, v in scores.items() if k != "kid_random"}
+    wanted = {f"truncation_{t:g}_{k}": v for t in (math.inf, *biggan.TRUNCATIONS) for k, v in swept.items()}
+    assert {k: v for k, v in metrics.items() if k.startswith("truncation_")} == wanted
     assert 0 <= metrics["class_agreement"] <= 0.4  # G was hardly trained
 
 
-def test_precision_and_recall_of_the_sweep(monkeypatch):
+def test_precision_and_recall_of_the_sweep(monkeypatch, tmp_path):
     """Of samples that are real images: all precise; one picture for all: precise and without variety."""
     monkeypatch.setattr(biggan, "load", toy)
-    args = arguments("--sweep-samples", 80, "--fid-split", "test")
+    args, heard = arguments("--fid-split", "test", "--root", tmp_path), []
     real = toy("toy", "test", 32, "", False).images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    real = torch.cat([real, real[:20]])
-    draws = {math.inf: real, 2.0: real[:1].expand(100, -1, -1, -1), 1.0: -real, 0.5: real.roll(7, 0), 0.25: real}
+    draws = {math.inf: real, 2.0: real[:1].expand(80, -1, -1, -1), 1.0: -real, 0.5: real.roll(7, 0)}
     monkeypatch.setattr(biggan, "settle", lambda args, average, t: draws[t])
-    monkeypatch.setattr(biggan, "generate", lambda args, G, z, c: G)
-    found = biggan.sweep_truncation(args, None)
-    shares = {t: (found[f"truncation_{t:g}_precision"], found[f"truncation_{t:g}_recall"]) for t in draws}
-    assert shares[math.inf] == shares[0.25] == (1, 1)
+    monkeypatch.setattr(biggan, "generate", lambda args, G, z, c: heard.append(z.abs().max()) or G)
+    found = {t: biggan.judge_samples(args, None, 80, t) for t in draws}
+    shares = {t: [scores[f"{k}_random_k3_80"] for k in ("precision", "recall")] for t, scores in found.items()}
+    assert all(z <= t for z, t in zip(heard, draws, strict=True)) and heard[0] > 2  # drawn as it was settled
+    assert shares[math.inf] == shares[0.5] == [1, 1]
     assert shares[2.0][0] == 1 and shares[2.0][1] < 0.1
     assert shares[1.0][0] < 0.1
 
@@ -826,6 +827,6 @@ def test_it_learns(monkeypatch, tmp_path, root, one_thread):
     biggan.train(args)
     averages = AveragedModel(biggan.build(args)[0]), biggan.restore(args)[0]
     with torch.no_grad():
-        before, after = (biggan.judge_samples(args, biggan.settle(args, G), False)["fd_random_1000"] for G in averages)
+        before, after = (biggan.judge_samples(args, G, 1000, math.inf, False)["fd_random_1000"] for G in averages)
     print(f"fd_random_1000 {before:.0f} -> {after:.0f} after {STEPS} steps")
     assert after < before / 2

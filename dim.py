@@ -294,12 +294,12 @@ class Run:
             end = "\r" if sys.stdout.isatty() and self.step < self.args.steps else "\n"
             print("  ".join(f"{k} {v:g}" for k, v in row.items()), f" {left} left", end=end, flush=True)
 
-    def save(self, name="checkpoint.pt"):
-        """To a temporary file, flushed to the disk, renamed over the old one: a kill leaves one of the two, whole."""
+    def save(self, *names):
+        """The state as each of `names`, then checkpoint.pt: to a temporary file, flushed, renamed over the old one."""
         self.check(p for part in self.parts.values() if isinstance(part, nn.Module) for p in part.parameters())
         state = {"script": SCRIPT, "config": self.args.config, "step": self.step, "best": self.best}
         state |= {"seconds": time.time() - self.began} | {k: part.state_dict() for k, part in self.parts.items()}
-        if self.args.rank == 0:
+        for name in (*names, "checkpoint.pt") if self.args.rank == 0 else ():
             with open(self.args.out / f"{name}.tmp", "wb") as file:
                 torch.save(state, file)
                 file.flush()

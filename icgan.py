@@ -169,7 +169,7 @@ def feature_network(args, fresh=False):
                 return Features(trunk, side, view)
         raise UserError("the file holds no such network")
     except Exception as error:  # no connection, or a foreign file, which raises half a dozen kinds
-        why = " ".join(str(error).split())[:200]
+        why = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"--features {args.features}: {why}; or trained, random, a FILE that --help names") from error
 
 
@@ -514,12 +514,12 @@ class Run:
             end = "\r" if sys.stdout.isatty() and self.step < self.args.steps else "\n"
             print("  ".join(f"{k} {v:g}" for k, v in row.items()), f" {left} left", end=end, flush=True)
 
-    def save(self, name="checkpoint.pt"):
-        """To a temporary file, flushed to the disk, renamed over the old one: a kill leaves one of the two, whole."""
+    def save(self, *names):
+        """The state as each of `names`, then checkpoint.pt: to a temporary file, flushed, renamed over the old one."""
         self.check(p for part in self.parts.values() if isinstance(part, nn.Module) for p in part.parameters())
         state = {"script": SCRIPT, "config": self.args.config, "step": self.step, "best": self.best}
         state |= {"seconds": time.time() - self.began} | {k: part.state_dict() for k, part in self.parts.items()}
-        if self.args.rank == 0:
+        for name in (*names, "checkpoint.pt") if self.args.rank == 0 else ():
             with open(self.args.out / f"{name}.tmp", "wb") as file:
                 torch.save(state, file)
                 file.flush()
@@ -663,7 +663,6 @@ def train(args):
             if value < run.best:  # GANs collapse late
                 run.best = value
                 run.save("best.pt")
-                run.save()  # so that a run that is killed and goes on knows what is to beat
         run.leave_if_told()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
@@ -841,6 +840,8 @@ def parse():
             raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
     if args.size not in args.layouts:
         raise UserError(f"--size {args.size}: is one of {[*args.layouts]}")
+    if args.condition and args.condition not in NAMES and not Path(args.condition).is_dir():
+        raise UserError(f"--condition {args.condition}: no such folder, nor one of {', '.join(NAMES)}")
     args.z_dim = args.layouts[args.size][3]
     args.config = {k: v for k, v in vars(args).items() if not k.startswith(FREE)}
     return args

@@ -41,7 +41,7 @@ MODELS = {  # layers, width d, heads (XL's are not published: those of L); the l
     "S": (24, 512, 8), "M": (36, 1024, 8), "L": (48, 1536, 16), "XL": (60, 3072, 16), "cifar": (12, 256, 8),
     "tiny": (8, 128, 4), "demo": (4, 96, 4)}
 RATES = {"S": (3e-3, 1e-2), "L": (1e-3, 1e-3), "XL": (3e-4, 3e-4)}  # of learning, for AR and BERT; 3e-3 for the others
-PAPER = dict(  # appendix: 1M steps of 128 images, a warm-up of one epoch. XL: --size 64 --batch 64 --steps 2000000
+PAPER = dict(  # appendix: a warm-up of one epoch. XL: --size 64 --batch 64 --warmup 20018 --steps 2000000
     size=32, model="L", colours=512, palette_pixels=1_000_000, lr=0.0, test_samples=0,
     crop=(0.34, 0.77), flip=False,  # a crop of 224 out of 256 to 384: 34 to 77 % of a square picture's area
     betas=(0.9, 0.95), warmup=10_009, steps=1_000_000, batch=128, log_every=100, save_every=5000,
@@ -306,12 +306,12 @@ class Run:
             end = "\r" if sys.stdout.isatty() and self.step < self.args.steps else "\n"
             print("  ".join(f"{k} {v:g}" for k, v in row.items()), f" {left} left", end=end, flush=True)
 
-    def save(self, name="checkpoint.pt"):
-        """To a temporary file, flushed to the disk, renamed over the old one: a kill leaves one of the two, whole."""
+    def save(self, *names):
+        """The state as each of `names`, then checkpoint.pt: to a temporary file, flushed, renamed over the old one."""
         self.check(p for part in self.parts.values() if isinstance(part, nn.Module) for p in part.parameters())
         state = {"script": SCRIPT, "config": self.args.config, "step": self.step, "best": self.best}
         state |= {"seconds": time.time() - self.began} | {k: part.state_dict() for k, part in self.parts.items()}
-        if self.args.rank == 0:
+        for name in (*names, "checkpoint.pt") if self.args.rank == 0 else ():
             with open(self.args.out / f"{name}.tmp", "wb") as file:
                 torch.save(state, file)
                 file.flush()
@@ -436,8 +436,8 @@ def train(args):
             run.log(loss=loss, loss_generative=generative, bits_per_token=generative / math.log(2), lr=lr)
         if run.every(args.save_every) or run.every(args.eval_every):
             run.save()
-            # a sharded network would gather all its weights for each pixel: the checkpoint just saved has them whole
-            picture(args, "samples.png", draw(args, restore(args)[0] if args.shard else net, 64, PICTURES, 0))
+            # from the checkpoint just saved: pixel by pixel, shards would be gathered, and compiled code made, anew
+            picture(args, "samples.png", draw(args, restore(args)[0], 64, PICTURES, 0))
         if run.every(args.eval_every):
             found = judge(args, net, *judged)
             run.log(**found)
@@ -547,7 +547,8 @@ def probe(args, net, untrained):
     chosen = [accuracy([layer], rest, (x[held_out], y[held_out])) for layer in layers]
     best = max(layers, key=chosen.__getitem__)
     found = {f"layer_{layer}_top1": accuracy([layer], slice(None), tested) for layer in layers}
-    found |= {"best_layer": best, "five_layers_top1": accuracy(layers[max(0, best - 2) :][:5], slice(None), tested)}
+    five = layers[max(0, min(best - 2, len(layers) - 5)) :][:5]
+    found |= {"best_layer": best, "five_layers_top1": accuracy(five, slice(None), tested)}
     for shots in () if n else (4, 25, 400):  # of the whole set, as the paper does it on CIFAR-10
         draws = (torch.cat([order[y[order] == label][:shots] for label in y.unique()]) for order in shuffled)
         name, five = f"labels_{shots}_a_class", torch.tensor([accuracy([best], rows, tested) for rows in draws])
@@ -599,10 +600,8 @@ def evaluate(args):
         shown = ("top1", "_token", "error", "best_layer")
         for k in (k for k in metrics if k.endswith(shown) or k.startswith(("fid", "fd_"))):
             print(f"  {k} {metrics[k]:.4g}")
-        print(
-            "bits per token, a pixel, compare under one palette alone; top1: accuracy with a layer's features, and of"
-        )
-        print("the best one's beside untrained_, raw_pixels_, random_features_; fid, fd_random (NOT FID): 0 is best.")
+        print("bits per token, a pixel, compare under one palette only; top1: accuracy with a layer's features, of the")
+        print("best beside untrained_, raw_pixels_, random_features_; fid, fd_random (NOT FID): distance, 0 is best.")
 
 
 # ------------------------------------------------------------ the command line

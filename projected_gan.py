@@ -44,7 +44,7 @@ PAPER = dict(  # the authors' code's "fastgan". Their features: EfficientNet-Lit
     separable=False, log_every=100, save_every=1000, fid_features="inception", fid_samples=50_000, fid_split="train",
     probe_samples=50_000, steps=156_250, batch=64,  # 10 million images
     lr_g=2e-4, lr_d=2e-4, betas=(0.0, 0.99))  # the code's 1.88e-4 and 0.9906 for D: left from StyleGAN2  # fmt: skip
-SMALL = PAPER | dict(size=32, ngf=64, save_every=2000, probe_samples=0)  # Diffusion-GAN's CIFAR-10 runs, half as wide
+SMALL = PAPER | dict(size=32, ngf=64, save_every=2000, probe_samples=0)  # half Diffusion-GAN's width, 1/5 of its steps
 DEMO = SMALL | dict(  # five minutes on two CPU cores
     ngf=8, z_dim=64, lite=True, features="trained", feature_steps=120, cout=32, steps=800, batch=32, lr_g=5e-4,
     lr_d=5e-4, log_every=50, save_every=500, fid_features="random", fid_samples=5000, fid_split="test",
@@ -241,7 +241,7 @@ def feature_network(args, fresh=False):
                 return Features(trunk, side, view)
         raise UserError("the file holds no such network")
     except Exception as error:  # no connection, or a foreign file, which raises half a dozen kinds
-        why = " ".join(str(error).split())[:200]
+        why = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"--features {args.features}: {why}; or trained, random, a FILE that --help names") from error
 
 
@@ -403,12 +403,12 @@ class Run:
             end = "\r" if sys.stdout.isatty() and self.step < self.args.steps else "\n"
             print("  ".join(f"{k} {v:g}" for k, v in row.items()), f" {left} left", end=end, flush=True)
 
-    def save(self, name="checkpoint.pt"):
-        """To a temporary file, flushed to the disk, renamed over the old one: a kill leaves one of the two, whole."""
+    def save(self, *names):
+        """The state as each of `names`, then checkpoint.pt: to a temporary file, flushed, renamed over the old one."""
         self.check(p for part in self.parts.values() if isinstance(part, nn.Module) for p in part.parameters())
         state = {"script": SCRIPT, "config": self.args.config, "step": self.step, "best": self.best}
         state |= {"seconds": time.time() - self.began} | {k: part.state_dict() for k, part in self.parts.items()}
-        if self.args.rank == 0:
+        for name in (*names, "checkpoint.pt") if self.args.rank == 0 else ():
             with open(self.args.out / f"{name}.tmp", "wb") as file:
                 torch.save(state, file)
                 file.flush()

@@ -843,7 +843,12 @@ def test_it_learns(monkeypatch, tmp_path, root, one_thread):
     args = arguments("--feature-steps", 20, "--root", root, "--out", tmp_path, "--steps", STEPS, "--ema", 0.97)
     vars(args).update(ema_start=50, fid_samples=1000, save_every=10 * STEPS, log_every=10 * STEPS)
     icgan.train(args)
-    G, _, f, data, instances, _ = icgan.restore(args)
+    G, D, f, data, instances, _ = icgan.restore(args)
+    rows = torch.arange(500)
+    with torch.no_grad():  # of real pictures, beside their instances and beside others: 0 for a D that is deaf to them
+        x, h = icgan.pixels(args, data, instances.neighbours[rows, 0].long()), instances.h[rows]
+        pairing = float((D(x, h) - D(x, h.roll(1, 0))).mean())
+    assert pairing > 0.15, f"D does not hear the instances: {pairing:.3f}"
     first = icgan.build(args)[0]
     with torch.no_grad():
         for i in range(20):  # statistics for its batch norms

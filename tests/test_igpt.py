@@ -186,6 +186,19 @@ def test_features(net):
     assert all(p.grad is None for p in network.parameters())
 
 
+def test_five_layers_where_the_last_is_best(monkeypatch):
+    """Features that are their layer's number, and a probe as good as the number is high."""
+    args = arguments("--probe-samples", 20)
+    network, x = igpt.build(args), torch.arange(5.0).repeat_interleave(96).expand(20, -1)
+    monkeypatch.setattr(igpt, "load", mock.Mock())
+    monkeypatch.setattr(igpt.linear_probe, "extract", lambda *words: (x, torch.zeros(20).long()))
+    monkeypatch.setattr(igpt.linear_probe, "probe", lambda train, test: {"top1": float(train[0].mean())})
+    monkeypatch.setattr(igpt.linear_probe, "evaluate", lambda *words: {})
+    found = igpt.probe(args, network, network)
+    assert found["best_layer"] == 4 and [found[f"layer_{i}_top1"] for i in range(5)] == [0, 1, 2, 3, 4]
+    assert found["five_layers_top1"] == 2
+
+
 # ------------------------------------------------------------ the objective
 def test_a_fresh_model_knows_nothing():
     net, ids = igpt.GPT(512, 64, 2, 32, 4, classes=10), torch.randint(512, (3, 64))
@@ -407,7 +420,10 @@ def test_fine_tuning(root, tmp_path):
     """L_GEN + L_CLF from a finished run's weights; errors on held-out training images choose the best."""
     first = trained(root, tmp_path / "first", *TINY)
     flags = ["--finetune", tmp_path / "first", "--eval-every", 2, "--lr", 1e-3]
-    second = trained(root, tmp_path / "second", *TINY, *flags)
+    wrap = lambda name: mock.patch.object(igpt, name, wraps=getattr(igpt, name))
+    with wrap("images") as learnt, wrap("judge") as judged:
+        second = trained(root, tmp_path / "second", *TINY, *flags)
+    assert learnt.call_args.args[4] == slice(5000, None) and judged.call_args.args[2:] == ("train", slice(5000))
     rows = [json.loads(line) for line in (tmp_path / "second" / "log.jsonl").read_text().splitlines()]
     assert rows[0]["loss"] - rows[0]["loss_generative"] == pytest.approx(math.log(10), abs=1e-3)  # its head is zero
     assert [row["lr"] for row in rows if "lr" in row] == [1e-3, 1e-3]
@@ -439,5 +455,7 @@ def test_it_learns(root, tmp_path):
     unigram = float(torch.special.entr(p).sum())
     print(f"nats per token {found:.3f}, unigram {unigram:.3f}")
     assert 0.3 * unigram < found < 0.5 * unigram
+    with torch.no_grad():  # the logits at a place are of that place's colour: `judge` would follow a loss that is not
+        assert found == pytest.approx(float(F.cross_entropy(net(ids)[0].flatten(0, 1), ids.flatten())), rel=1e-3)
     x = load("shapes", "test", 8, root, rows=slice(8)).images.permute(0, 3, 1, 2) / 127.5 - 1
     assert (igpt.decode(net.palette, igpt.encode(net.palette, x)) - x).square().mean().sqrt() < 0.25

@@ -288,7 +288,7 @@ class Run:
         self.args, self.parts, self.signal, self.file = args, parts, 0, args.out / "log.jsonl"
         args.out.mkdir(parents=True, exist_ok=True)
         state = read_checkpoint(args) or {"step": 0, "seconds": 0.0, "best": math.inf}
-        for name in parts.keys() & state.keys():
+        for name in (k for k in parts if k in state):  # a set would have another order on each rank
             parts[name].load_state_dict(state[name])
         self.step, self.best, self.began = state["step"], state["best"], time.time() - state["seconds"]
         self.logged = (self.step, time.time())

@@ -417,7 +417,7 @@ def images(args, split, batch, first=0, pieces=1, rank=0, world=1):
         size, crop = args.crop_from, (1, size, (area, area), (1.0, 1.0), "bilinear")
     data = normal(args, load(args.data, split, size, args.root, args.skip_broken))
     for x, *_ in batches(data, batch, args.seed, first, pieces, split == "train", crop, args.device, rank, world):
-        x = x[:, 0] if crop else x
+        x = x[:, 0].contiguous(memory_format=torch.channels_last) if crop else x
         yield x, F.adaptive_avg_pool2d(x, args.size)  # of the same size it is the same
 
 

@@ -417,7 +417,7 @@ def images(args, split, batch, first=0, pieces=1, rank=0, world=1, rows=slice(No
         crop, size = (1, size, (args.crop_area, 1.0), (1 / args.crop_ratio, args.crop_ratio), "bicubic"), None
     data = load(args.data, split, size, args.root, args.skip_broken, rows)
     for x, y, _ in batches(data, batch, args.seed, first, pieces, split == "train", crop, args.device, rank, world):
-        x = x[:, 0] if crop else x
+        x = x[:, 0].contiguous(memory_format=torch.channels_last) if crop else x
         yield x, F.avg_pool2d(x, args.encoder_size // args.size), y
 
 

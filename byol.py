@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections import OrderedDict
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from torch import nn
 from torchvision.utils import save_image
 
 from common import linear_probe
-from common.data import NAMES, UserError, batches, load, uniforms
+from common.data import NAMES, UserError, ahead, batches, load, uniforms
 
 SCRIPT = Path(__file__).stem
 
@@ -61,23 +61,26 @@ ENCODERS = {  # whether the units are bottlenecks, and how many a stage has
 # ------------------------------------------------------------ views: operators on x [B, 3, S, S] in [0, 1]
 # The official code, on TensorFlow, adds brightness, and centres contrast on each channel's own mean. These are
 # torchvision's, which everybody reproduces BYOL with. An amount is [B, 1, 1, 1], each image's own.
-luma = lambda x: 0.2989 * x[:, :1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:]  # [B, 1, S, S]
-brightness = lambda x, factor: (factor * x).clamp_(0, 1)
-contrast = lambda x, factor: torch.lerp(luma(x.mean((2, 3), keepdim=True)), x, factor).clamp_(0, 1)
-saturation = lambda x, factor: torch.lerp(luma(x), x, factor).clamp_(0, 1)
-solarise = lambda x: torch.minimum(x, 1 - x)  # 1 - x from 0.5 on; torch.where costs 20 times as much on a CPU
+# With `out`, which may be x itself, they touch no new memory, which is most of what they cost on a CPU; comparisons and
+# torch.where are slow there too.
+luma = lambda x: (0.2989 * x[:, :1]).add_(x[:, 1:2], alpha=0.5870).add_(x[:, 2:], alpha=0.1140)  # [B, 1, S, S]
+blend = lambda x, y, factor, out: torch.sub(x, y, out=out).mul_(factor).add_(y).clamp_(0, 1)
+brightness = lambda x, factor, out=None: torch.mul(x, factor, out=out).clamp_(0, 1)
+contrast = lambda x, factor, out=None: blend(x, luma(x.mean((2, 3), keepdim=True)), factor, out)
+saturation = lambda x, factor, out=None: blend(x, luma(x), factor, out)
+solarise = lambda x: torch.minimum(x, 1 - x)  # 1 - x from 0.5 on
 
 
-def hue(x, turn):
+def hue(x, turn, out=None):
     """Turns the hue by a share of the circle. A channel is V - C + C w(H) in terms of HSV, w a trapezoid."""
     red, green, blue = x.split(1, 1)
-    value, least = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
-    is_red, is_green, chroma = (value == red).float(), (value == green).float(), value - least
-    h = torch.lerp(torch.lerp(red - green, blue - red, is_green), green - blue, is_red) / chroma.clamp(min=1e-9)
-    h = h + (1 - is_red) * (4 - 2 * is_green) + 6 * turn
-    h = h - 6 * (h / 6).floor_()  # in [0, 6): 0 is red, 2 green, 4 blue
-    w = torch.cat([(h - 3).abs_() - 1, 2 - (h - 2).abs_(), 2 - (h - 4).abs_()], 1).clamp_(0, 1)
-    return torch.addcmul(least, chroma, w)
+    value, least = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
+    chroma, not_red, not_green = value - least, (value - red).sign_(), (value - green).sign_()
+    h = torch.lerp(green - blue, torch.lerp(blue - red, red - green, not_green), not_red).div_(chroma.clamp(min=1e-9))
+    h = h.add_(6 * turn).addcmul_(not_red, not_green.add_(1), value=2)
+    h = h.sub_(6 * (h / 6).floor_())  # in [0, 6): 0 is red, 2 green, 4 blue
+    w = torch.cat([(h - 3).abs_().sub_(1), 2 - (h - 2).abs_(), 2 - (h - 4).abs_()], 1).clamp_(0, 1)
+    return torch.addcmul(least, chroma, w, out=out)
 
 
 def blur(x, sigma):
@@ -101,7 +104,7 @@ def augment(x, u, p):
     """A view of each crop x [B, 3, S, S] in [0, 1], from its own random numbers u [B, DRAWS] in [0, 1): Table 6, each
     operator on the images that draw it, with probability p[name]. u is on the CPU, which so knows their number: the
     device need not be asked."""
-    x = x.clone(memory_format=torch.contiguous_format)  # plane by plane
+    x = x.contiguous()  # plane by plane
     move = lambda part: part.to(x.device, non_blocking=True)
     drawn = {name: u[:, i] < p.get(name, 0) for i, name in enumerate(OPERATORS)}
     if p.get("jitter"):  # each image has its own order of the four: at each turn those of one operator stand together
@@ -114,8 +117,10 @@ def augment(x, u, p):
             parts = turn.bincount(minlength=5).tolist()
             jitters = zip(JITTER, amounts, x.split(parts)[:4], place.split(parts)[:4], strict=True)
             for (operator, *_), amount, part, who in jitters:
-                part.copy_(operator(part, move(amount[who, None, None, None])))
+                operator(part, move(amount[who, None, None, None]), out=part)
         x = x.index_select(0, move(place.argsort()))
+    else:
+        x = x.clone()
 
     def apply(operator, rows, *amounts):
         if len(rows := rows.nonzero()[:, 0]):
@@ -141,14 +146,19 @@ def views(args, first):
     data, share = read(args, "train", whole=args.whole), (args.rank, args.world)
     crop, flip = (2, args.size, (args.crop_area, 1.0), (3 / 4, 4 / 3), "bicubic"), "flip" not in args.without
     crops = batches(data, args.batch, args.seed, first, args.accumulate, flip, crop, args.device, *share)
-    for number, (x, _, _) in enumerate(crops, first * args.accumulate):
-        step, piece = divmod(number, args.accumulate)
-        pair = []
+
+    def augmented(item):
+        (step, piece), pair = divmod(item[0], args.accumulate), []
         for view, p in enumerate(args.views):
             u = torch.from_numpy(uniforms(args.batch, DRAWS, step, args.seed, view, *share, piece, args.accumulate))
-            v = augment((x[:, view] + 1) / 2, u, p)
-            pair.append((2 * v - 1).contiguous(memory_format=torch.channels_last))
-        yield pair
+            v = augment(item[1][0][:, view].contiguous().add_(1).div_(2), u, p)
+            pair.append(v.mul_(2).sub_(1).contiguous(memory_format=torch.channels_last))
+        return pair
+
+    if args.device != "cpu":
+        return map(augmented, enumerate(crops, first * args.accumulate))
+    crops = ahead(next, repeat(crops), 1)  # small tensors: whole batches in threads make more of the cores than parts
+    return ahead(augmented, enumerate(crops, first * args.accumulate), 2)
 
 
 # ------------------------------------------------------------ networks: the encoder f, the projector g, the predictor q
@@ -179,8 +189,9 @@ class Encoder(nn.Module):
     def __init__(self, bottleneck, units, width=64, size=224, stride=1, grey=False):
         super().__init__()
         self.grey = grey
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of [0, 1]
+        self.register_buffer("scale", (0.5 / std)[:, None, None], persistent=False)
+        self.register_buffer("shift", ((0.5 - mean) / std)[:, None, None], persistent=False)
         layers = [*convolution(1 if grey else 3, width, 3, stride), nn.ReLU()]
         if size >= 96:
             layers = [*convolution(1 if grey else 3, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
@@ -193,12 +204,11 @@ class Encoder(nn.Module):
         self.layers, self.dim = nn.Sequential(*layers), cin
 
     def forward(self, x):
-        x = (x + 1) / 2
         if self.grey:
-            std, mean = torch.std_mean(x := luma(x), (2, 3), keepdim=True)
+            std, mean = torch.std_mean(x := luma((x + 1) / 2), (2, 3), keepdim=True)
             x = (x - mean) / (std + 1e-3)
         else:
-            x = (x - self.mean) / self.std
+            x = torch.addcmul(self.shift, x, self.scale)
         return self.layers(x).mean((2, 3))
 
 

@@ -340,7 +340,7 @@ def images(args, split, batch, first=0, pieces=1, rank=0, world=1):
         crop, size = (1, size, (args.crop, args.crop), (1, 1), "bicubic"), None
     data = load(args.data, split, size, args.root, args.skip_broken)
     for x, _, _ in batches(data, batch, args.seed, first, pieces, bool(crop), crop, args.device, rank, world):
-        yield x[:, 0] if crop else x
+        yield x[:, 0].contiguous(memory_format=torch.channels_last) if crop else x
 
 
 def scores(T, places, conv, Y):

@@ -269,8 +269,8 @@ def pack(title, path, shape, count, work, items):
 
 
 def ahead(work, items, threads):
-    """map(work, items), done by threads that are a few results ahead of the reader."""
-    with ThreadPoolExecutor(threads) as pool:
+    """map(work, items), done by threads that are a few results ahead of the reader. None cuts its tensors in turn."""
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         pending = []
         for item in items:
             pending.append(pool.submit(work, item))
@@ -419,7 +419,7 @@ def batches(data, batch, seed, start=0, pieces=1, flip=True, crop=None, device="
     y, i  int64 [m]: labels, or None where data has none, and the pictures' numbers in data
     flip  mirror every other picture at random, anew at each visit (never where data.flip is false)
     crop  (views, size, (s0, s1), (r0, r1), filter): random crops of s0 to s1 of the area, r0 to r1 times as wide as
-          high, resized by the "bicubic" or "bilinear" filter; x is then [m, views, 3, size, size]
+          high, resized by the "bicubic" or "bilinear" filter; x is then [m, views, 3, size, size], in any layout
     rank, world: torch.distributed's, if not given. UserError where the global batch cannot be cut evenly.
     """
     group = torch.distributed if torch.distributed.is_available() and torch.distributed.is_initialized() else None
@@ -464,11 +464,10 @@ def batches(data, batch, seed, start=0, pieces=1, flip=True, crop=None, device="
             i, u, x = (part.to(device, non_blocking=True) for part in item)
             mirror = (u[..., -1] < 0.5) & flips  # [m, views]
             if crop and images is not None:
-                x = x.transpose(-1, -2).repeat_interleave(views, 0)  # row by row, as resized_crop multiplies
-                x = (x / 127.5 - 1).transpose(1, 2)  # [m * views, 3, S, S]
-                box = crop_boxes(u.flatten(0, 1), *x.shape[2:], scale, ratio)
-                x = resized_crop(x, box, side, filter, mirror.flatten()).clamp_(-1, 1)
-                x = x.contiguous(memory_format=torch.channels_last).unflatten(0, (-1, views))
+                x = x.transpose(-1, -2).contiguous().float().div_(127.5).sub_(1).transpose(1, 2)  # [m, 3, S, S]
+                boxes = (crop_boxes(u[:, view], *x.shape[2:], scale, ratio) for view in range(views))
+                crops = (resized_crop(x, box, side, filter, mirror[:, view]) for view, box in enumerate(boxes))
+                x = torch.stack([*crops]).clamp_(-1, 1).transpose(0, 1)
             else:
                 x = torch.where(mirror.reshape(*x.shape[:-3], 1, 1, 1), x.flip(-2), x) if flips else x
                 x = x.movedim(-1, -3).float().div_(127.5).sub_(1)  # the same order in memory: channels_last
@@ -499,19 +498,24 @@ def resized_crop(x, box, size, filter="bicubic", flip=None):
     box [B, 4]: top, left, height, width; flip [B] bool: mirror the result, [B, 3, size, size], which is not clamped.
     """
 
-    def matrix(start, length, n, mirror=None):  # weights [B, size, n] of n pixels in the outputs
-        start, scale = start.float()[:, None, None], length.float()[:, None, None] / size
-        pixel, out = torch.arange(n, device=x.device) + 0.5, torch.arange(size, device=x.device)[:, None] + 0.5
-        if mirror is not None:
-            out = torch.where(mirror[:, None, None], size - out, out)
-        t = ((pixel - start - out * scale) / scale.clamp(min=1)).abs()  # distance in the filter's units
+    def matrix(start, length, n, flip=None):
+        """Weights [B, n, size] of n pixels in the outputs: rows of a table, for a box's pixels know only its length."""
+        lengths = torch.arange(1, n + 1, device=x.device)[:, None, None]
+        pixel, out = torch.arange(n + 1, device=x.device)[:, None], torch.arange(size, device=x.device) + 0.5
+        t = (pixel + 0.5 - out * lengths / size).div_((lengths / size).clamp(min=1)).abs_()  # in the filter's units
         weight = (1 - t).clamp(min=0)
         if filter == "bicubic":  # Keys' kernel with a = -1/2: one cubic to 2, another on top of it to 1
             far = (2 - t).clamp(min=0)
             weight = weight * weight * (1 - 2 * weight) + far * far * (far - 1) / 2
-        weight = weight * ((pixel > start) & (pixel < start + scale * size))
-        return weight / weight.sum(-1, keepdim=True)
+        weight = weight * (pixel < lengths)  # [n, n + 1, size]: nothing from outside the box, as in row n
+        weight = weight / weight.sum(1, keepdim=True)
+        place = torch.arange(n, device=x.device) - start[:, None]  # [B, n]
+        place = place.masked_fill_((place < 0) | (place >= length[:, None]), n) + (n + 1) * (length[:, None] - 1)
+        if flip is not None:
+            weight = torch.cat([weight, weight.flip(2)])
+            place += n * (n + 1) * flip[:, None]
+        return weight.flatten(0, 1).index_select(0, place.flatten()).unflatten(0, (-1, n))
 
     rows, columns = matrix(box[:, 0], box[:, 2], x.shape[2]), matrix(box[:, 1], box[:, 3], x.shape[3], flip)
-    x = x.transpose(1, 2).flatten(1, 2) @ columns.mT  # [B, H * 3, size]: the channels share a product
-    return (rows @ x.reshape(len(x), -1, 3 * size)).unflatten(2, (3, size)).transpose(1, 2)
+    x = x.transpose(1, 2).flatten(1, 2) @ columns  # [B, H * 3, size]: the channels share a product
+    return (rows.mT @ x.reshape(len(x), -1, 3 * size)).unflatten(2, (3, size)).transpose(1, 2)

@@ -209,7 +209,9 @@ def test_how_often_an_operator_is_applied():
 
         def spy(name, seen=seen):
             operator = getattr(byol, name)
-            return lambda x, *amounts: (seen.update({name: seen[name] + len(x)}), operator(x, *amounts))[1]
+            return lambda x, *amounts, **out: (seen.update({name: seen[name] + len(x)}), operator(x, *amounts, **out))[
+                1
+            ]
 
         spies = {name: spy(name) for name in seen}
         jitter = [(spies[name], *rest) for name, (_, *rest) in zip([*seen][3:], byol.JITTER, strict=True)]

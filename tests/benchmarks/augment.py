@@ -3,8 +3,8 @@
     python tests/benchmarks/augment.py [--data shapes] [--root data] [--preset small] [--device cpu]
 
 The same operators, as likely, on the same pictures: crop, flip, jitter, greyscale, (blur at 224,) solarise, normalise.
-torchvision works on Pillow's pictures, as in every recipe, in as many workers as there are cores. Each figure is the
-best of three rounds after a warm-up.
+torchvision works on Pillow's pictures, as in every recipe, in as many workers as there are cores; byol.py in two
+threads. Who receives the views is one thread in both. Each figure is the best of three rounds after a warm-up.
 """
 
 import argparse
@@ -42,9 +42,10 @@ def rate(stream, batch, device, seconds=4.0):
 
 def ours(args):
     """Normalised as byol.py's encoder does it first."""
-    mean, std = (torch.tensor(v, device=args.device)[:, None, None] for v in (MEAN, STD))
+    f = byol.Encoder(False, (), width=1, size=args.size)
+    f.layers = torch.nn.Identity()
     for pair in byol.views(args, 0):
-        yield [((v + 1) / 2 - mean) / std for v in pair]
+        yield [v.mul_(f.scale).add_(f.shift) for v in pair]
 
 
 class Pairs(Dataset):
@@ -95,6 +96,7 @@ def main():
     with mock.patch.object(sys, "argv", ["byol.py", "--no-grey", *flags]):
         args = byol.parse()
     byol.start(args)
+    torch.set_num_threads(1)
     args.whole = False
     found = {name: rate(make(args), args.batch, asked.device) for name, make in (("ours", ours), ("theirs", theirs))}
     for name, value in (("byol.py, batched", found["ours"]), ("torchvision, DataLoader", found["theirs"])):

@@ -61,7 +61,7 @@ SMALL = PAPER | dict(  # the CIFAR-10 recipe of BigGAN's code with h for the cla
 DEMO = SMALL | dict(  # for two CPU cores, where torchvision's networks would take an hour; not tuned
     layouts=LAYOUTS | {32: ((4, 4, 2, 1), (1, 2, 4, 4), 3, 32, 0), 64: ((4, 4, 4, 2, 1), (1, 2, 4, 4, 4), 4, 40, 0)},
     ch=16, hierarchical=True, init_std=0.0, features="trained", feature_steps=120, embed_dim=64, class_dim=32,
-    h_gain=11.0, steps=800, batch=32, d_steps=1, lr_d=1e-3, lr_g=4e-4, betas=(0.0, 0.99), sn_eps=1e-6, ema=0.995,
+    h_gain=11.0, steps=650, batch=32, d_steps=1, lr_d=1e-3, lr_g=4e-4, betas=(0.0, 0.99), sn_eps=1e-6, ema=0.995,
     ema_start=200, stored=200, log_every=50, save_every=400, fid_features="random", fid_samples=5000, fid_split="test",
     probe_samples=10_000)  # fmt: skip
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}

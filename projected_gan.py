@@ -46,7 +46,7 @@ PAPER = dict(  # the authors' code's "fastgan". Their features: EfficientNet-Lit
     lr_g=2e-4, lr_d=2e-4, betas=(0.0, 0.99))  # the code's 1.88e-4 and 0.9906 for D: left from StyleGAN2  # fmt: skip
 SMALL = PAPER | dict(size=32, ngf=64, save_every=2000, probe_samples=0)  # half Diffusion-GAN's width, 1/5 of its steps
 DEMO = SMALL | dict(  # five minutes on two CPU cores
-    ngf=8, z_dim=64, lite=True, features="trained", feature_steps=120, cout=32, steps=800, batch=32, lr_g=5e-4,
+    ngf=8, z_dim=64, lite=True, features="trained", feature_steps=120, cout=32, steps=500, batch=32, lr_g=5e-4,
     lr_d=5e-4, log_every=50, save_every=500, fid_features="random", fid_samples=5000, fid_split="test",
     probe_samples=10_000)  # fmt: skip
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}

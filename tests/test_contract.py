@@ -38,12 +38,14 @@ FLAGS = {  # script: further flags that make it tiny, or keep its schedule from 
     "byol": ["--horizon", 100],
     "icgan": ["--feature-steps", 1, "--stored", 10],
     "igpt": ["--horizon", 100, "--test-samples", 50],
+    "ldm": ["--first-steps", 1, "--first-batch", 8, "--disc-start", 0, "--sample-steps", 4],
     "projected_gan": ["--feature-steps", 2],
     "regene": ["--classifier-steps", 3, "--bank-samples", 300, "--judge-steps", 4],
     "vqgan_transformer": ["--vqgan-steps", 1, "--disc-start", 0, "--horizon", 100],
+    "vqvae2": ["--stages", 2, 1, 3, "--warmup", 1, "--cas-samples", 20, "--sweep-samples", 20, "--classifier-steps", 3],
 }
 NO_SAMPLES = ("byol", "dim")  # they generate nothing: probes, and no FID
-SUPERVISED = ("biggan", "regene", "vqgan_transformer")  # they learn from labels, and must refuse a set that has none
+SUPERVISED = ("biggan", "ldm", "regene", "vqgan_transformer", "vqvae2")  # learn from labels, refuse sets without
 TIMES = {"seconds", "best"}  # of a checkpoint: what may differ between equal runs
 
 

@@ -552,7 +552,8 @@ def evaluate(args):
     miss, other = ((seen - G(posterior(args, E, y))).flatten(1).norm(dim=1).mean() for y in (x, x.roll(1, 0)))
     device = torch.cuda.get_device_name() if "cuda" in args.device else f"cpu, {torch.get_num_threads()} threads"
     metrics = {"command": " ".join(sys.argv), "device": device, "torch": torch.__version__, "steps": state["step"]}
-    metrics |= {"images": state["step"] * args.batch, "seconds": round(state["seconds"], 1)}
+    draws = args.d_steps + (not args.reuse)
+    metrics |= {"images": state["step"] * draws * args.batch, "seconds": round(state["seconds"], 1)}
     metrics["parameters"] = {k: sum(p.numel() for p in n.parameters()) for k, n in zip("GED", untrained, strict=True)}
     metrics["reconstruction_error_ratio"] = float(miss / other)  # of x from G(E(x)), over that from G(E(another x))
     for measure in (lambda: probe(args, E.trunk, untrained[1].trunk), lambda: judge_samples(args, G)):

@@ -747,7 +747,7 @@ def evaluate(args):
         for name, encoder in others.items():
             pair = (linear_probe.extract(encoder, data, args.device) for data in (train, test))
             found |= {f"{name}_probe_{k}": value for k, value in linear_probe.probe(*pair).items()}
-        return found
+        return found | {"probe_saw_labels": args.condition == "class"}  # stage 2 did
 
     def reconstructions():
         data, how = read("test"), (args.fid_features, args.device, args.fid_weights, False)

@@ -36,6 +36,7 @@ FLAGS = {  # script: further flags that make it tiny, or keep its schedule from 
     "beta_vae": ["--metric-pairs", 2, "--metric-points", 20],
     "biggan": ["--sweep-samples", 64, "--classifier-steps", 20],
     "byol": ["--horizon", 100],
+    "diffae": ["--autoencoder-steps", 1, "--code-samples", 300, "--classifier-steps", 20, "--reconstruct-samples", 10],
     "icgan": ["--feature-steps", 1, "--stored", 10],
     "igpt": ["--horizon", 100, "--test-samples", 50],
     "ldm": ["--first-steps", 1, "--first-batch", 8, "--disc-start", 0, "--sample-steps", 4],

@@ -69,14 +69,13 @@ SMALL = PAPER | dict(  # ours: the paper has no 32x32 model
     steps=120_000, crop=(), flip=True, sample_steps=200, save_every=2000, probe_samples=0)
 DEMO = SMALL | dict(  # five minutes on two CPU cores: L1 alone; and not the paper's eps but v: where there is little
     # but noise, eps is z_t, and a short run does not learn to hand that through all layers
-    target="v",
-    autoencoder="kl-f4", ch=32, blocks=1, groups=8,
+    target="v", autoencoder="kl-f4", ch=32, blocks=1, groups=8,
     autoencoders={"kl-f4": ((1, 1, 2), 4, 0, (), 1, 0.3), "kl-f2": ((1, 2), 4, 0, (), 1, 0.3),
                   "vq-f4": ((1, 1, 2), 4, 128, (), 1, 0.3)},
     unets={k: dict(base=32, multipliers=(1, 2), factors=(1, 2), head=32) for k in PAPER["unets"]}, context=64,
-    first_batch=32, lr_first=1e-3, first_steps=300, disc_start=1_000_000, disc_width=32, perceptual="none", batch=64,
-    lr=1e-3, steps=900, sample_steps=20, eta=0.0, guidance=2.0, log_every=50, save_every=300, fid_features="random",
-    fid_samples=2000, fid_split="test", probe_samples=3000)
+    first_batch=32, lr_first=1e-3, first_steps=300, disc_start=1_000_000, disc_width=32, perceptual="none", batch=32,
+    lr=1e-3, steps=1500, sample_steps=20, eta=0.0, guidance=2.0, log_every=50, save_every=300, fid_features="random",
+    fid_samples=1000, fid_split="test", probe_samples=2000)
 PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
 PERCEPTUAL = {"lpips": 1.0, "vgg": 0.1, "none": 0.0}  # its weight; VGG16 with all weights 1 is several times larger
 B1 = {"class": 0.0195, "none": 0.0195, "inpaint": 0.0205, "super": 0.0155}  # the last beta
@@ -440,7 +439,7 @@ def holes(u, size):
     16 tries that covers a tenth to half of the image."""
 
     def mask(u, size):
-        drawn = torch.arange(4, device=u.device) < 1 + 4 * u[..., :1, 5]
+        drawn = torch.arange(4, device=u.device) <= 4 * u[..., :1, 5]
         return ((distances(size, u[..., :4]) < 0.03 + 0.12 * u[..., 4, None, None]) & drawn[..., None, None]).any(-3)
 
     share = mask(u, 32).float().mean((2, 3))
@@ -664,8 +663,7 @@ def unet_step(args, run, pieces):
             c = condition(args, A, x, y, holes(u, args.size) if args.condition == "inpaint" else None)
             if args.condition == "class":
                 c = torch.where(drop < args.class_dropout, args.classes, c)
-            how = {"l1": args.condition == "inpaint", "of_v": args.target == "v"}
-            loss = ldm_loss((unet, embed), z0, eps, t, run.abar, c, **how)
+            loss = ldm_loss((unet, embed), z0, eps, t, run.abar, c, args.condition == "inpaint", args.target == "v")
         (loss / args.accumulate).backward()
     average_gradients(args, unet, embed)
     opt.step()
@@ -818,13 +816,12 @@ def judge_samples(args, A, nets, test, full=True):
 def evaluate(args):
     """metrics.json: reconstructions, the linear probe over t, FID and its sisters."""
     A, nets, state = restore(args)
-    _, D, untrained, _ = (network.eval() for network in build(args))
+    untrained, first = build(args)[2].eval(), min(state["step"], args.first_steps)
     device = torch.cuda.get_device_name() if "cuda" in args.device else f"cpu, {torch.get_num_threads()} threads"
     metrics = {"command": " ".join(sys.argv), "device": device, "torch": torch.__version__, "steps": state["step"]}
+    metrics["images"] = first * args.first_batch + (state["step"] - first) * args.batch
     metrics |= {"seconds": round(state["seconds"], 1), "latent_scale": float(A.scale)}
-    count = lambda network: sum(p.numel() for p in network.parameters())
-    parts = {"A": A, "D": D, "unet": nets[0], "tau": nets[1]}
-    metrics["parameters"] = {name: count(part) for name, part in parts.items()}
+    metrics["parameters"] = {k: sum(p.numel() for p in n.parameters()) for k, n in (("A", A), ("unet", nets[0]))}
     metrics["perceptual"] = {"none": "none: L1 alone", "vgg": "VGG16, all weights 1"}.get(args.perceptual, "LPIPS")
     read = lambda split, n=None: load(args.data, split, args.size, args.root, args.skip_broken, slice(n))
     test, psnr = read("test"), lambda x, y: -10 * ((x - y).square().mean((1, 2, 3)) / 4).log10()
@@ -952,7 +949,7 @@ def parse():
     parser.set_defaults(preset=preset, out=Path("runs", f"{SCRIPT}-{Path(asked.data).name}"), **PRESETS[preset])
     args = parser.parse_args()
     least = dict.fromkeys(("steps", "batch", "first_batch", "accumulate", "log_every", "save_every", "fid_samples"), 1)
-    least |= {"size": 8, "sample_steps": 1}
+    least |= {"size": 16, "sample_steps": 1}
     most = {"eta": 1, "class_dropout": 1, "sample_steps": 1000, "seed": 2**63 - 1}
     for name, value in vars(args).items():
         low, high = least.get(name, 0), most.get(name, math.inf)

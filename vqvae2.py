@@ -64,7 +64,7 @@ PRESETS = {"demo": DEMO, "small": SMALL, "paper": PAPER}
 
 
 # ------------------------------------------------------------ the autoencoder
-class Residual(nn.Sequential):  # x + what its layers make of x
+class Residual(nn.Sequential):
     def forward(self, x):
         return x + super().forward(x)
 
@@ -114,22 +114,23 @@ class Quantiser(nn.Module):
     def update(self, args, number, fresh=False, eps=1e-5):
         """The averages after a step, which used the old codes, over its pieces and ranks. Then all codes (`fresh`) or,
         by a restart, the dead become random z of the batch, by the seed and the number. How the codes fare, to log."""
-        (first, _), K = self.seen[0], len(self.codes)
+        first, K = self.seen[0][0], len(self.codes)
         chosen = F.pad(torch.zeros_like(self.codes), (0, 1))  # s_i and n_i
         for rows, ids in self.seen:
             chosen.index_add_(0, ids, F.pad(rows, (0, 1), value=1.0))
         self.seen.clear()
-        order = torch.randperm(len(first), generator=generator(args.seed, CODES, number))
-        z = first[order[torch.arange(K) % len(first)].to(first.device)]
         if args.world > 1:
             dist.all_reduce(chosen)
-            dist.broadcast(z, 0)
         self.sums.lerp_(chosen[:, :-1], 1 - args.decay)  # m_i
         self.counts.lerp_(n := chosen[:, -1], 1 - args.decay)  # N_i
         total = self.counts.sum()
         self.codes.copy_(self.sums / ((self.counts + eps) / (total + K * eps) * total)[:, None])
         dead = self.counts < (tau := RARE * n.mean())
         if fresh or args.restart:  # N_i = tau, not 1, which would decay for hundreds of steps before it counts as dead
+            order = torch.randperm(len(first), generator=generator(args.seed, CODES, number))
+            z = first[order[torch.arange(K) % len(first)].to(first.device)]
+            if args.world > 1:
+                dist.broadcast(z, 0)
             new = dead[:, None] | fresh
             self.counts.copy_(tau.where(new[:, 0], self.counts))
             self.sums.copy_(torch.where(new, tau * z, self.sums))
@@ -318,23 +319,20 @@ def draw(args, priors, y, *key, given=(), cached=True):
         if level < len(given):
             continue
         above, ids = codes[-1] if level else None, torch.zeros_like(u, dtype=torch.long)
-        convs = [module for module in prior.modules() if isinstance(module, Conv)]
-        for conv in convs:
+        for conv in (module for module in prior.modules() if isinstance(module, Conv)):
             conv.kept = conv.kernel()
         for i, j in product(*map(range, prior.shape)):
             logits = prior(ids, above, y, (i, j))[..., 0, 0] if cached else prior(ids, above, y)[..., i, j]
             p = F.softmax(logits.float() / args.temperature, dim=1)
             ids[:, i, j] = (p.cumsum(1) < u[:, i, j, None]).sum(1).clamp(max=prior.codes - 1)
-        for conv in convs:
-            conv.kept = conv.past = None
+        for module in prior.modules():
+            module.kept = module.past = module.said = None  # gigabytes, at the paper's size
         codes.append(ids)
     return codes
 
 
 # ------------------------------------------------------------ the objective
-def vqvae_loss(mse, commitment, beta):
-    """Equation 2: |x - D(e)|^2 + beta |sg[e] - E(x)|^2, means over elements, the second one's summed over levels. Its
-    codebook term is what the averages replace. beta is for x in [-1, 1]."""
+def vqvae_loss(mse, commitment, beta):  # equation 2; the averages replace its third term. beta is for x in [-1, 1]
     return mse + beta * commitment
 
 
@@ -449,7 +447,6 @@ class Run:
 
 # ------------------------------------------------------------ training
 def build(args):
-    """The autoencoder and a prior a level with their first weights, a function of the seed."""
     torch.manual_seed(args.seed)
     networks = [VQVAE(args.strides, args.channels, args.residual, args.depth, args.codes, args.code_dim)]
     for level, prior in enumerate(args.priors):
@@ -487,8 +484,9 @@ def measure(args, networks, stage, split="test", shift=0):
 
 def train(args):
     data = read(args, "train")
-    if args.conditional and (data.labels is None or data.labels.min() < 0):
-        raise UserError(f"{args.data} has no labels: give a folder with a sub-folder a class, or --no-conditional")
+    for known in (data, read(args, "test")) if args.conditional else ():
+        if known.labels is None or known.labels.min() < 0:
+            raise UserError(f"{args.data} has no labels: give a folder with a sub-folder a class, or --no-conditional")
     args.classes = args.config["classes"] = len(data.classes) if args.conditional else 0
     networks = build(args)
     groups = [{"params": network.parameters()} for network in networks]  # a network without gradients rests
@@ -501,8 +499,7 @@ def train(args):
     cut = (args.accumulate, args.flip, None, args.device, args.rank, args.world)
 
     while run.step < args.steps:
-        now = bisect_right(begins, run.step) - 1
-        if stage != now:  # the next stage, or the one that is resumed
+        if stage != (now := bisect_right(begins, run.step) - 1):  # the next stage, or the one that is resumed
             stage, done = now, run.step - begins[now]
             args.batch = args.config["batch"] * args.multiples[stage]
             stream = batches(data, args.batch, args.seed, done, *cut)
@@ -556,7 +553,6 @@ def picture(args, name, x, columns=8):
 
 
 def restore(args):
-    """The networks, and the checkpoint that they come from."""
     name = "best.pt" if args.best else "checkpoint.pt"
     if (state := read_checkpoint(args, name)) is None:
         raise UserError(f"there is no {name} in {args.out}: train first, or give the run's --out")
@@ -611,8 +607,9 @@ def judge_samples(args, networks, samples, best_of=1, judge=None):
     return {prefix + k: value for prefix, values in found.items() for k, value in values.items()}
 
 
-def classifiers(args, networks):
-    """Networks that tell classes, taught on samples, on reconstructions, and on real images."""
+def classify(args, networks):
+    """CAS: how often a network that was taught on samples tells the classes of test images; beside it those taught on
+    reconstructions and on real images. The last one, which the rejection asks."""
     y = in_turn(args, args.cas_samples)
     pieces = (draw(args, networks[1:], part, TAUGHT, i) for i, part in enumerate(y.split(fid.CHUNK)))
     codes = [torch.cat([ids.short().cpu() for ids in level]) for level in zip(*pieces, strict=True)]
@@ -620,11 +617,10 @@ def classifiers(args, networks):
     drawn = ((networks[0].decode_ids([ids[rows].long().to(args.device) for ids in codes]), y[rows]) for rows in orders)
     real = lambda: batches(read(args, "train"), 100, args.seed, flip=args.flip, device=args.device, rank=0, world=1)
     again = ((networks[0].decode(networks[0].encode(x)[0]), labels) for x, labels, _ in real())
-    taught = {}
+    found, big, widths = {"cas_samples": args.cas_samples}, args.size > 64, (3, 32, 64, 128)
     for name, pairs in (("", drawn), ("reconstructions_", again), ("real_", real())):
         torch.manual_seed(args.seed)
-        big, blocks = args.size > 64, ((3, 32), (32, 64), (64, 128))
-        layers = [m for cin, cout in blocks for m in (nn.Conv2d(cin, cout, 3, 2, 1), nn.BatchNorm2d(cout), nn.ReLU())]
+        layers = [m for c, d in pairwise(widths) for m in (nn.Conv2d(c, d, 3, 2, 1), nn.BatchNorm2d(d), nn.ReLU())]
         net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, args.classes))
         net = (resnet50(num_classes=args.classes) if big else net).to(args.device, memory_format=torch.channels_last)
         optimiser = torch.optim.Adam(net.parameters(), 1e-3 if big else 4e-3, fused=True)
@@ -634,25 +630,23 @@ def classifiers(args, networks):
             F.cross_entropy(net(x), labels).backward()
             optimiser.step()
             decay.step()
-        taught[name] = net.eval().requires_grad_(False)
-    return taught
-
-
-def accuracies(args, taught):
-    """CAS: how often a classifier that was taught on samples is right on test images; beside it the other two."""
-    found, test = {"cas_samples": args.cas_samples}, read(args, "test")
-    labels = test.require_labels()[:, None].to(args.device)
-    for name, net in taught.items():
-        best = linear_probe.extract(net, test, args.device)[0].topk(min(5, args.classes)).indices == labels
-        found |= {f"cas_{name}top{k}": float(best[:, :k].any(1).double().mean()) for k in {1, best.shape[1]}}
-    return found
+        logits, truth = linear_probe.extract(net.eval().requires_grad_(False), read(args, "test"), args.device)
+        right = logits.topk(min(5, args.classes)).indices == truth[:, None]
+        found |= {f"cas_{name}top{k}": float(right[:, :k].any(1).double().mean()) for k in {1, right.shape[1]}}
+    return found, net
 
 
 def probe(args, networks):
     """How well linear classifiers tell classes by the codes, pooled to 4x4 (probe_) and to 1x1 (mean_probe_). No label
     has shaped them: those only condition the priors."""
     train, test = read(args, "train", args.probe_samples), read(args, "test", args.probe_samples // 2)
-    found = linear_probe.evaluate(networks[0], train, test, build(args)[0], args.device)
+    untrained = build(args)[0]  # whose z would all choose one code: codes start as z here too
+    x, *_ = next(batches(train, min(100, len(train)), 0, flip=False, device=args.device, rank=0, world=1))
+    with torch.no_grad():
+        untrained.encode(x, quantise=False)
+    for quantiser in untrained.quantisers:
+        quantiser.update(args, 0, fresh=True)
+    found = linear_probe.evaluate(networks[0], train, test, untrained, args.device)
     pairs = (linear_probe.extract(lambda x: networks[0](x, side=1), data, args.device) for data in (train, test))
     return found | {f"mean_probe_{k}": value for k, value in linear_probe.probe(*pairs).items()}
 
@@ -671,9 +665,9 @@ def evaluate(args):
     metrics["bits_per_dim_of_codes"] = nats / (3 * args.size**2 * math.log(2))  # without what the decoder loses
     measures = [partial(probe, args, networks), partial(judge_samples, args, networks, args.fid_samples)]
     if args.classes and args.classifier_steps:
-        taught = classifiers(args, networks)
-        sweep = [partial(judge_samples, args, networks, args.sweep_samples, k, taught["real_"]) for k in (1, 2, 4)]
-        measures += [partial(accuracies, args, taught), *sweep]
+        found, judge = classify(args, networks)
+        metrics |= found
+        measures += [partial(judge_samples, args, networks, args.sweep_samples, k, judge) for k in (1, 2, 4)]
     for take in measures:
         try:
             metrics |= take()
@@ -684,10 +678,9 @@ def evaluate(args):
         (args.out / "metrics.json.tmp").write_text(json.dumps(metrics, indent=1) + "\n")
         os.replace(args.out / "metrics.json.tmp", args.out / "metrics.json")
         shown = ("mse", "nll", "bits", "fid", "fd_", "reconstruction", "best_of")
-        kept = {
-            k: v for k, v in metrics.items() if isinstance(v, float) and (k.endswith("top1") or k.startswith(shown))
-        }
-        print(f"{args.out} has the pictures, and metrics.json:", *(f"\n  {k} {v:.4g}" for k, v in kept.items()))
+        best = ((k, v) for k, v in metrics.items() if k.endswith("top1") or k.startswith(shown))
+        lines = (f"\n  {k} {v:.4g}" for k, v in best if isinstance(v, float))
+        print(f"{args.out} has the pictures, and metrics.json:", *lines)
 
 
 # ------------------------------------------------------------ the command line
@@ -711,7 +704,6 @@ FREE = (  # what may differ between two runs of one checkpoint: beginnings of na
 
 
 def parse():
-    """The flags; their defaults are those of the preset that --data or --preset choose."""
     formats = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("Format", formats, {}))
     parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
@@ -746,15 +738,16 @@ def parse():
     args = parser.parse_args()
     least = dict.fromkeys(("steps", "batch", "accumulate", "log_every", "save_every", "fid_samples"), 1)
     least |= {"temperature": 0.01, "cas_samples": 10, "sweep_samples": 10}
-    most = {"seed": 2**63 - 1}
     for name, value in vars(args).items():
-        low, high = least.get(name, 0), most.get(name, math.inf)
+        low, high = least.get(name, 0), 2**63 - 1 if name == "seed" else math.inf
         if isinstance(value, int | float) and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
     levels = len(args.strides)
     fits = levels in (2, 3) and {*args.strides[:-1]} == {2} and args.strides[-1] in (2, 4, 8) and min(args.stages) > 0
     if not fits or args.size < 1 or args.size % math.prod(args.strides):
         raise UserError("--strides: two or three, 2 each, the last 2, 4 or 8; --size a multiple of them; --stages > 0")
+    if args.warmup >= args.stages[0]:
+        raise UserError(f"--warmup {args.warmup}: must be less than the {args.stages[0]} steps of the first stage")
     for name, n in (("priors", levels), ("stages", levels + 1), ("multiples", levels + 1)):
         values = [*getattr(args, name)]
         setattr(args, name, tuple(values + values[-1:] * n)[:n])  # the last holds for all below

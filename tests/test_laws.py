@@ -16,7 +16,7 @@ THIRD_PARTY = {"torch", "numpy", "torchvision", "common"}
 TOP_LEVEL = {"README.md", "requirements.txt", "LICENSE", ".gitignore", ".ci", "common", "assets", "tests"}
 LOCAL = {"data", "runs"}  # made by use, and ignored by git
 # to come down to 550, the others to 700
-LINES = {"bigbigan": 657, "icgan": 867, "ldm": 991, "vqgan_transformer": 873, "vqvae2": 784}
+LINES = {"bigbigan": 657, "icgan": 867, "ldm": 988, "vqgan_transformer": 873, "vqvae2": 777}
 COMMON = 1040  # to come down to 1,000
 
 

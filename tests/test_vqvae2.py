@@ -89,7 +89,9 @@ def test_presets_build_the_papers_networks():
         autoencoder, *priors = vqvae2.build(args)
         assert count(autoencoder) == 3_270_787 and [p.shape[0] for p in priors] == [32, 64, 128]
         assert args.steps == sum(args.stages) == 869_141 and args.levels == ("top", "middle", "bottom")
-        args = arguments("--preset", "demo", "--strides", 2, 2, 2, "--stages", 1, 2, classes=3, device="meta")
+        args = arguments(
+            "--preset", "demo", "--strides", 2, 2, 2, "--stages", 1, 2, "--warmup", 0, classes=3, device="meta"
+        )
         assert len(vqvae2.build(args)) == 4 and args.stages == (1, 2, 2, 2) and args.steps == 7
 
 
@@ -184,6 +186,7 @@ def test_what_the_log_says_of_a_codebook():
 
 def test_restarts():
     """Codes that are hardly chosen become z of the batch, others stay what the averages make of them."""
+    torch.manual_seed(0)
     codes, z = torch.randn(6, 3), 0.1 * torch.randn(4, 3, 4, 4)
     codes[4:] += 100
     plain, restarted = (quantiser(codes, restart=restart) for restart in (False, True))
@@ -194,15 +197,43 @@ def test_restarts():
     rare = restarted[0].codes[4:]
     assert torch.equal(plain[0].codes[:4], restarted[0].codes[:4])
     rows = z.permute(0, 2, 3, 1).reshape(-1, 3)
-    assert (torch.cdist(rare, rows).min(1).values < 1e-6).all() and not torch.equal(rare[0], rare[1])
+    assert (rare[:, None] == rows).all(2).any(1).all() and not torch.equal(rare[0], rare[1])
     tau = 0.03 * 64 / 6
     assert torch.allclose(restarted[0].counts[4:], torch.tensor(tau))
     assert torch.allclose(restarted[0].sums[4:], tau * rare)
     q, args = plain
     q(z)
     q.update(args, 4, fresh=True)
-    assert (torch.cdist(q.codes, rows).min(1).values < 1e-6).all()
+    assert (q.codes[:, None] == rows).all(2).any(1).all()
     assert torch.equal(tau * q.codes, q.sums) and torch.equal(q.counts, torch.full((6,), tau))
+
+
+def test_restarts_are_of_the_seed_and_the_step():
+    """With fewer z than codes as well; and two ranks do what one does with their batches as two pieces."""
+    torch.manual_seed(0)
+    codes, pieces = torch.randn(20, 3), torch.randn(2, 1, 3, 2, 3)
+
+    def after(number, first=0, world=1, seed=0):
+        q, args = quantiser(codes, restart=True, seed=seed, world=world)
+        q.counts[5:] = 0.0
+        for z in pieces[first:] if world == 1 else pieces[first : first + 1]:
+            q(z)
+        return q, q.update(args, number)
+
+    (one, found), (again, _) = after(3), after(3)
+    assert one.codes.isfinite().all() and torch.equal(one.codes, again.codes) and found["dead"] > 6
+    assert not torch.equal(one.codes, after(4)[0].codes) and not torch.equal(one.codes, after(3, seed=1)[0].codes)
+    sent = []  # what each rank would add, and what the first one's z are
+    dist = mock.Mock(all_reduce=lambda t: sent.append(t.clone()), broadcast=lambda t, _: sent.append(t.clone()))
+    with mock.patch.object(vqvae2, "dist", dist):
+        after(3, 0, 2), after(3, 1, 2)
+    for rank in range(2):
+        dist.all_reduce = lambda t, other=sent[2 - 2 * rank]: t.add_(other)
+        dist.broadcast = lambda t, _: t.copy_(sent[1])
+        with mock.patch.object(vqvae2, "dist", dist):
+            q, values_ = after(3, rank, 2)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(one.buffers(), q.buffers(), strict=True))
+        assert all(torch.allclose(found[k], values_[k]) for k in found)
 
 
 def touched(network):
@@ -353,7 +384,7 @@ def test_drawing_by_positions_is_drawing_by_maps(options):
     priors, y = [prior((2, 2)), prior((4, 4), **options)], torch.tensor([0, 3, 1])
     cached, plain = (draw(WARM, priors, y, 0, 0, cached=way) for way in (True, False))
     assert all(torch.equal(a, b) for a, b in zip(cached, plain, strict=True))
-    assert all(m.kept is None for p in priors for m in p.modules() if isinstance(m, Conv))
+    assert all(getattr(m, key, None) is None for p in priors for m in p.modules() for key in ("kept", "past", "said"))
     given = draw(WARM, priors, y, 0, 0, given=cached[:1])
     assert torch.equal(given[1], cached[1])  # the same numbers, whether the top is drawn or given
     cold = draw(SimpleNamespace(seed=0, device="cpu", temperature=0.01), priors, y, 0, 0)
@@ -470,6 +501,39 @@ def test_dropout_resumes_and_a_stage_leaves_the_others_alone(root, tmp_path):
     after_top = run(root, tmp_path / "top", "--steps", 5, dropout=0.5)
     tops = lambda state: {"priors": {k: v for k, v in state["priors"].items() if k.startswith("0.")}}
     assert same(whole, after_top, "autoencoder") and same(tops(whole), tops(after_top), "priors")
+
+
+def test_a_warm_up_that_never_ends_is_refused():
+    with pytest.raises(vqvae2.UserError, match="warmup"):
+        arguments("--stages", 50, 20, 30)
+
+
+@pytest.mark.parametrize("bare", ["train", "test"])
+def test_pictures_without_labels_are_refused_before_training(root, tmp_path, bare):
+    load = common_data.load
+
+    def loaded(data, split, *rest):
+        found = load(data, split, *rest)
+        found.labels = None if split == bare else found.labels
+        return found
+
+    with mock.patch.object(vqvae2, "load", loaded), pytest.raises(vqvae2.UserError, match="no labels"):
+        run(root, tmp_path, "--steps", 1)
+
+
+def test_the_untrained_yardstick_tells_pictures_apart(root):
+    """All z of an untrained encoder choose one of the codes at first: it is measured with codes that start as z."""
+    args, seen = arguments("--root", root, "--probe-samples", 200, classes=10), {}
+    networks = [network.eval() for network in vqvae2.build(args)[:1]]
+    x = vqvae2.read(args, "test", 6).images.permute(0, 3, 1, 2) / 127.5 - 1
+
+    def measured(encoder, train, test, untrained, device):
+        seen.update(first=encoder(x), untrained=untrained.eval()(x))
+        return {}
+
+    with mock.patch.object(vqvae2.linear_probe, "evaluate", measured):
+        vqvae2.probe(args, networks)
+    assert len(seen["first"].unique(dim=0)) == 1 and len(seen["untrained"].unique(dim=0)) == 6
 
 
 def test_labels_move_the_priors_only(root, tmp_path):

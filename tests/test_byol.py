@@ -209,9 +209,12 @@ def test_how_often_an_operator_is_applied():
 
         def spy(name, seen=seen):
             operator = getattr(byol, name)
-            return lambda x, *amounts, **out: (seen.update({name: seen[name] + len(x)}), operator(x, *amounts, **out))[
-                1
-            ]
+
+            def counted(x, *amounts, **out):
+                seen[name] += len(x)
+                return operator(x, *amounts, **out)
+
+            return counted
 
         spies = {name: spy(name) for name in seen}
         jitter = [(spies[name], *rest) for name, (_, *rest) in zip([*seen][3:], byol.JITTER, strict=True)]
